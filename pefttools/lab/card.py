@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-PROMPTS = ("def fibonacci(n):\n", "import os\n\ndef read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n",
-           "class Stack:\n    def __init__(self):\n", "for i in range(")
+PROMPTS = ("def fibonacci(n):", "def read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"",
+           "class Stack:\n    def __init__(self):", "for i in range(")
 
 
 def export(work: Path, to: Path) -> None:
