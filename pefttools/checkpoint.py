@@ -50,11 +50,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     config = attached(model).config
     parameters = adapter_parameters(model)
     if others := [name for name in trainable(model) if name not in parameters]:
-        raise ValueError(f"save_adapter: trainable, but no part of the adapter, and so not in its files: {_some(others)}. "
+        raise ValueError(f"save_adapter: trainable, but no part of the adapter, so not in its files: {_some(others)}. "
                          f"Freeze them with requires_grad_(False); if they were trained, save them yourself before.")
     if broken := [name for name, parameter in parameters.items() if not parameter.isfinite().all()]:
-        raise ValueError(f"save_adapter: NaN or infinite entries in {_some(broken)}: training has diverged. Nothing was "
-                         f"written. Lower the learning rate, or load an earlier checkpoint.")
+        raise ValueError(f"save_adapter: NaN or infinite entries in {_some(broken)}: training has diverged. Nothing "
+                         f"was written. Lower the learning rate, or load an earlier checkpoint.")
     tensors = {_file_key(name): parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
     fields = config.to_peft() | {
         "target_modules": _targets_for_peft(model, config), "layers_to_transform": _layers_for_peft(config),
@@ -79,13 +79,17 @@ def _write_both(folder: Path, weights: bytes, config: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        old = folder / CONFIG
-        if old.exists() and old.read_bytes() != config:
-            old.unlink()  # were we stopped between the renames, new weights must not be read with old settings
-        os.replace(scratch / WEIGHTS, folder / WEIGHTS)
-        os.replace(scratch / CONFIG, folder / CONFIG)
-    finally:
+    except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    # Both are whole now. Whoever is stopped between the next lines finds the rest in `scratch`, and a load says so:
+    # new weights must not be read with old settings, so settings that differ go first.
+    old = folder / CONFIG
+    if old.exists() and old.read_bytes() != config:
+        old.unlink()
+    os.replace(scratch / WEIGHTS, folder / WEIGHTS)
+    os.replace(scratch / CONFIG, folder / CONFIG)
+    scratch.rmdir()
 
 
 def _targets_for_peft(model: nn.Module, config: Any) -> list[str] | str:
@@ -146,6 +150,8 @@ def _read_config(folder: Path) -> Any:
     except FileNotFoundError:
         rest = f", though {WEIGHTS} is: the save was interrupted, or this file was not copied" \
             if (folder / WEIGHTS).exists() else ""
+        if left := sorted(folder.glob(f".saving-*/{CONFIG}")):
+            rest += f". What was being saved is in {left[-1].parent}: move its files up"
         raise FileNotFoundError(f"load_adapter: {CONFIG} is not in {folder}{rest}.") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"load_adapter: {path} is damaged, it is not JSON ({error}). Save or copy it again.") from None
@@ -153,7 +159,8 @@ def _read_config(folder: Path) -> Any:
         raise ValueError(f"load_adapter: {path} must hold one JSON object; it holds a {type(fields).__name__}.")
     method = METHODS.get(str(fields.get("peft_type")))
     if method is None:
-        raise ValueError(f"load_adapter: {path} has peft_type={fields.get('peft_type')!r}; known here: {list(METHODS)}.")
+        raise ValueError(f"load_adapter: {path} has peft_type={fields.get('peft_type')!r}; "
+                         f"known here: {list(METHODS)}.")
     try:
         config = method.from_peft(fields)
     except KeyError as error:
@@ -172,8 +179,8 @@ def _read_config(folder: Path) -> Any:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.exists():
-        pickled = " There is an adapter_model.bin, a pickle, which can run code when read: load it with peft and save it " \
-                  "again as safetensors." if (folder / "adapter_model.bin").exists() else ""
+        pickled = " There is an adapter_model.bin, a pickle, which can run code when read: load it with peft and save " \
+                  "it again as safetensors." if (folder / "adapter_model.bin").exists() else ""
         raise FileNotFoundError(f"load_adapter: {WEIGHTS} is not in {folder}.{pickled}")
     content = path.read_bytes()
     try:
@@ -188,7 +195,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _check_same_settings(model: nn.Module, config: Any, layers: dict[str, nn.Module], folder: Path) -> None:
     if any(layer.merged for layer in layers.values()):
-        raise ValueError("load_adapter: an adapter is merged into this model. Call unmerge(model) or detach(model) first.")
+        raise ValueError("load_adapter: an adapter is merged into this model. Call unmerge(model) first, or "
+                         "detach(model).")
     here, there = attached(model).config.to_peft(), config.to_peft()
     differing = [f"{name} is {here.get(name)!r} in the model and {there.get(name)!r} in {folder}"
                  for name in here | there if name != "lora_dropout" and here.get(name) != there.get(name)]

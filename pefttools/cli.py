@@ -47,17 +47,27 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `run` in its result is the subcommand's function."""
-    parser = argparse.ArgumentParser(prog="pefttools", allow_abbrev=False, description="A course on parameter-efficient fine-tuning.",
-                                     epilog="PEFTTOOLS_TRACEBACK=1 shows where an error came from.")
+    parser = argparse.ArgumentParser(
+        prog="pefttools",
+        allow_abbrev=False,
+        description="A course on parameter-efficient fine-tuning.",
+        epilog="PEFTTOOLS_TRACEBACK=1 shows where an error came from.",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run, help: str, **kwargs) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False, **kwargs)
+        sub = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False, **kwargs
+        )
         sub.set_defaults(run=run)
         return sub
 
-    lab = command("lab", run_lab, "open the course in JupyterLab, on your own copies of the chapters",
-                  epilog="All further arguments go to JupyterLab: --no-browser, --port 9999, --ip 0.0.0.0 ...")
+    lab = command(
+        "lab",
+        run_lab,
+        "open the course in JupyterLab, on your own copies of the chapters",
+        epilog="All further arguments go to JupyterLab: --no-browser, --port 9999, --ip 0.0.0.0 ...",
+    )
     lab.add_argument("--course", type=Path, help="the folder with the chapters (default: course/ of the repository)")
     lab.add_argument("--mine", type=Path, help="the folder of your copies (default: my_course/ beside it)")
     lab.add_argument("--sync-only", action="store_true", help="bring your copies up to date and stop")
@@ -68,20 +78,26 @@ def make_parser() -> argparse.ArgumentParser:
 
     build = command("build", run_build, "make the chapters in course/ from their sources in solutions/")
     build.add_argument("chapters", nargs="*", metavar="CHAPTER", help="such as 02_lora, lora or 02 (default: all)")
-    build.add_argument("--check", action="store_true", help="write nothing; exit 1 where a chapter differs from its source")
+    build.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a chapter differs from its source"
+    )
     build.add_argument("--execute", action="store_true", help="also run the instructors' notebooks (minutes)")
 
     grade = command("grade", run_grade, "grade a folder of submitted notebooks")
     grade.add_argument("folder", type=Path, metavar="FOLDER")
     grade.add_argument("--chapter", help="such as 02_lora; only this one")
-    grade.add_argument("--out", type=Path, metavar="FOLDER", help="where gradebook, grades.csv and feedback go (default: grading/)")
+    grade.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where gradebook, grades.csv and feedback go (default: grading/)"
+    )
     grade.add_argument("--force", action="store_true", help="also grade again what has not changed")
 
     data = command("data", run_data, "show rows of the bundled data set, or write it out as JSON Lines")
     data.add_argument("--split", default="train", help="train, held_out or new_kinds (default: %(default)s)")
     data.add_argument("-n", type=int, default=3, help="how many rows (default: %(default)s)")
     data.add_argument("--seed", type=int, default=0, help="which rows (default: %(default)s)")
-    data.add_argument("--write", type=Path, metavar="FILE", help="write the whole split to FILE, one JSON object a line")
+    data.add_argument(
+        "--write", type=Path, metavar="FILE", help="write the whole split to FILE, one JSON object a line"
+    )
 
     command("version", run_version, "print the version")
     return parser
@@ -92,7 +108,9 @@ def repository() -> Path:
     for folder in (Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents):
         if (folder / "course").is_dir() or (folder / "solutions").is_dir():
             return folder
-    raise ValueError("there is no course/ folder here: run this in a clone of the course's repository, or name it with --course")
+    raise ValueError(
+        "there is no course/ folder here: run this in a clone of the course's repository, or name it with --course"
+    )
 
 
 def run_lab(args: argparse.Namespace) -> int:
@@ -116,12 +134,29 @@ def run_lab(args: argparse.Namespace) -> int:
 
 
 def jupyter_command(course: Path, mine: Path, rest: list[str]) -> list[str]:
-    """JupyterLab on the reader's folder, the first chapter open. Run through this interpreter: a moved environment works."""
-    first = FIRST if (mine / FIRST).is_file() else next(
-        (p.relative_to(course).as_posix() for p in sorted(course.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts), "")
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={mine}", f"--LabApp.default_url=/lab/tree/{first}",
-               # no question about news on the first start, no request to the network on any
-               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    """JupyterLab on the reader's folder, the first chapter open. Run by this interpreter: a moved environment works."""
+    first = (
+        FIRST
+        if (mine / FIRST).is_file()
+        else next(
+            (
+                p.relative_to(course).as_posix()
+                for p in sorted(course.rglob("*.ipynb"))
+                if ".ipynb_checkpoints" not in p.parts
+            ),
+            "",
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={mine}",
+        f"--LabApp.default_url=/lab/tree/{first}",
+        # no question about news on the first start, no request to the network on any
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in rest:
         command.append("--allow-root")  # containers; without it the server refuses to start
     return command + rest

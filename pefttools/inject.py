@@ -181,9 +181,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight: no cost at inference. Merging twice is merging once; `unmerge` is exact.
 
-    Raises ValueError without adapters, inside `disabled(model)`, and where a weight is tied (an adapted output head that
-    shares its weight with the embedding would change both); and what a layer's `merge` raises. The model is then as
-    it was.
+    Raises ValueError without adapters, inside `disabled(model)`, and where a weight is tied (merging into an output
+    head that shares its weight with the embedding would change both); and what a layer's `merge` raises. The model is
+    then as it was.
     """
     layers = list(_layers_of(model, "merge"))
     owners: dict[int, list[str]] = {}
@@ -193,8 +193,8 @@ def merge(model: nn.Module) -> nn.Module:
         if not layer.enabled:
             raise ValueError(f"merge: the adapter of {name!r} is disabled. Merge outside of `with disabled(model)`.")
         if len(shared := owners[id(layer.base_layer.weight)]) > 1:
-            raise ValueError(f"merge: {' and '.join(shared)} are one tied tensor, and merging into one would change the "
-                             f"other. Leave {name.rsplit('.', 1)[-1]!r} out of target_modules, or untie the weights.")
+            raise ValueError(f"merge: {' and '.join(shared)} are one tied tensor, and merging into one would change "
+                             f"the other. Leave {name.rsplit('.', 1)[-1]!r} out of target_modules, or untie the weights.")
     done = []
     for name, layer in layers:
         try:

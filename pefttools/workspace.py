@@ -5,8 +5,8 @@
              └────────► splice(new chapter, reader's file) ──► my_course/02_lora/lora.ipynb
                                                 reader's file ──► my_course/old/02_lora/lora_2026-01-31_10-15-00.ipynb
 
-`my_course/.pefttools/` holds each chapter as the reader's copy was made from it: whether the chapter has changed since, and
-which answers the reader wrote, both come from comparing with it. It can be lost without harm to any answer.
+`my_course/.pefttools/` holds each chapter as the reader's copy was made from it: whether the chapter has changed since,
+and which answers the reader wrote, both come from comparing with it. It can be lost without harm to any answer.
 The splice is the one that grading uses: only answer cells travel. Cells that the reader added stay in the kept file.
 """
 
@@ -32,7 +32,7 @@ class WorkspaceError(ValueError):
 class Change:
     """What `sync` did with one file. `what` is "new", "replaced", "carried", "set aside" or "left alone"."""
 
-    file: str                # relative to the reader's folder: "02_lora/lora.ipynb"
+    file: str  # relative to the reader's folder: "02_lora/lora.ipynb"
     what: str
     note: str
     kept: Path | None = None  # where the reader's former file lies now
@@ -45,8 +45,8 @@ def sync(course: Path | str, mine: Path | str, *, wait: float = 60.0) -> list[Ch
     """Bring the reader's copies in `mine` up to date with the chapters in `course`; returns what was changed.
 
     Nothing of the reader's is overwritten: a file that differs from the chapter it came from is kept under `mine/old`
-    before anything is put in its place. A second call changes nothing. One file that cannot be read or written becomes a
-    Change ("left alone") and does not stop the others.
+    before anything is put in its place. A second call changes nothing. One file that cannot be read or written becomes
+    a Change ("left alone") and does not stop the others.
     wait: seconds to wait for another process that updates the same folder.
     Raises WorkspaceError where there is no course, or no folder can be made.
     """
@@ -57,8 +57,10 @@ def sync(course: Path | str, mine: Path | str, *, wait: float = 60.0) -> list[Ch
     try:
         (mine / MEMORY).mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise WorkspaceError(f"the folder for your copies, {mine}, cannot be made ({e.strerror}); "
-                             "name another with `pefttools lab --mine FOLDER`") from e
+        raise WorkspaceError(
+            f"the folder for your copies, {mine}, cannot be made ({e.strerror}); "
+            "name another with `pefttools lab --mine FOLDER`"
+        ) from e
     changes = []
     with locked(mine / MEMORY / "lock", wait):
         for file in files:
@@ -79,8 +81,10 @@ def course_files(course: Path) -> list[str]:
         if path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in parts):
             files.append("/".join(parts))
     if not any(f.endswith(".ipynb") for f in files):
-        raise WorkspaceError(f"course={str(course)!r} holds no chapters (no .ipynb file): a clone of the repository brings "
-                             "them along, instructors make them with `make build`")
+        raise WorkspaceError(
+            f"course={str(course)!r} holds no chapters (no .ipynb file): a clone of the repository brings "
+            "them along, instructors make them with `make build`"
+        )
     return files
 
 
@@ -128,7 +132,11 @@ def update(course: Path, mine: Path, file: str) -> Change | None:
         data, note = carried(submitted, pristine, previous)
     except Exception as e:  # whatever a damaged notebook does to the splice: the file is safe and the course opens
         why = braced(f"{type(e).__name__}: {e}")
-        return put("set aside", f"your answers could not be carried into the new version ({why}); your file is now {{kept}}", aside=True)
+        return put(
+            "set aside",
+            f"your answers could not be carried into the new version ({why}); your file is now {{kept}}",
+            aside=True,
+        )
     if data == current:  # an earlier call did this and was cut off before it could remember
         return remember()
     return put("carried", note + "; your file as it was is now {kept}", data, aside=True)
@@ -213,14 +221,16 @@ def keep(path: Path, mine: Path, file: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float) -> Iterator[None]:
-    """One process at a time; a killed one leaves no lock behind. Where the file system knows no locks, go on without."""
+    """One process at a time; a killed one leaves no lock behind. Where the file system has no locks, go on without."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(str(path))
     try:
         lock.acquire(timeout=wait)
     except Timeout:
-        raise WorkspaceError(f"another process has been updating {path.parent.parent} for {wait:g} s; try again when it is done") from None
+        raise WorkspaceError(
+            f"another process has been updating {path.parent.parent} for {wait:g} s; try again when it is done"
+        ) from None
     except (OSError, NotImplementedError):
         lock = None
     try:

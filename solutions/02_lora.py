@@ -29,7 +29,7 @@ from IPython.display import Markdown, display
 from torch import nn
 
 from pefttools import inject as adapters
-from pefttools.grading import ask, case, check
+from pefttools.grading import case, check
 from pefttools.lora import LoRAConfig, LoRALinear
 from pefttools.lora import lora_forward as library_forward
 from pefttools.lora import lora_init as library_init
@@ -103,9 +103,10 @@ A = torch.tensor([[0.1, 0.2]])               # [r, d_in], so r = 1
 B = torch.tensor([[0.3], [0.4]])             # [d_out, r]
 x, alpha = torch.tensor([1., 1.]), 1.0
 
-by_hand = W0 @ x + alpha / A.shape[0] * (B @ (A @ x))
+r_by_hand = A.shape[0]
+by_hand = W0 @ x + alpha / r_by_hand * (B @ (A @ x))
 as_printed = W0 @ x + alpha / 2 * (B @ (A @ x))
-print("r =", A.shape[0], "→", [round(v, 4) for v in by_hand.tolist()], "    with r = 2, as printed →",
+print("r =", r_by_hand, "→", [round(v, 4) for v in by_hand.tolist()], "    with r = 2, as printed →",
       [round(v, 4) for v in as_printed.tolist()])
 
 # %% [markdown]
@@ -661,7 +662,7 @@ side_by_side(before)
 
 # %%
 train_rows = load_data("train")
-length = steps(full=150, quick=4)
+length = steps(full=80, quick=3)
 settings = dict(steps=length, lr=3e-3, batch_size=16, seed=0)
 
 places = {"q, v": ["q_proj", "v_proj"],
@@ -1023,7 +1024,7 @@ for function in (source.LoraLayer.reset_lora_parameters, source.Linear.get_delta
 # %%
 one, many = middle["1 token"], middle["64 tokens"]
 rows = [
-    ("001, ex. 3", "$A$ is 1×2, $B$ is 2×1, “$r = 2$”: output (3.045, 7.06)", f"$r$ = {1}, scale 1: ({by_hand[0]:.2f}, {by_hand[1]:.2f})", "✗"),
+    ("001, ex. 3", "$A$ is 1×2, $B$ is 2×1, “$r = 2$”: output (3.045, 7.06)", f"$r$ = {r_by_hand}, scale {alpha / r_by_hand:g}: ({by_hand[0]:.2f}, {by_hand[1]:.2f})", "✗"),
     ("001, ex. 1", "7B, $r = 8$ on q, k, v, o: 8,388,608, about 0.12 %", f"{qkvo_7b:,}, {qkvo_7b / 7e9:.2%}", "✓"),
     ("001, problem 1", "1024 × 4096, $r = 16$: 81,920, 51.2 × fewer", f"{problem_1:,}, {ratio_1:.1f} ×", "✓"),
     ("001, problem 2", "with $B = 0$ the model is the base model", f"held-out loss {loss_zero:.6f} and {loss_base:.6f}", "✓" if loss_zero == loss_base else "✗"),

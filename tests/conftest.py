@@ -1,4 +1,5 @@
 """What every test relies on: no network, no display, and no more threads than there are cores."""
+
 from __future__ import annotations
 
 import os

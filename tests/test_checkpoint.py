@@ -210,12 +210,16 @@ def test_stopped_between_the_two_files_never_mixes_settings_and_weights(folder, 
     monkeypatch.setattr(checkpoint.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(trained(LoRAConfig(r=4, alpha=99)), folder)
-    refuses(folder, FileNotFoundError, f"{CONFIG} is not in .*, though {WEIGHTS} is: the save was interrupted")
+    refuses(folder, FileNotFoundError, f"{CONFIG} is not in .*, though {WEIGHTS} is: the save was interrupted.*"
+                                       r"What was being saved is in .*\.saving-.*: move its files up")
+    for path in next(folder.glob(".saving-*")).iterdir():           # nothing is lost
+        replace(path, folder / path.name)
+    assert torch.equal(logits(load_adapter(llama(), folder)), logits(trained(LoRAConfig(r=4, alpha=99))))
 
     calls.clear()
     monkeypatch.undo()
-    save_adapter(trained(LoRAConfig(r=4, alpha=99)), folder)
-    assert attached(load_adapter(llama(), folder)).config.alpha == 99
+    save_adapter(trained(LoRAConfig(r=4, alpha=98)), folder)
+    assert attached(load_adapter(llama(), folder)).config.alpha == 98
 
 
 def test_stopped_between_the_two_files_of_the_same_run_loses_nothing(folder, monkeypatch):
@@ -287,9 +291,12 @@ def test_weights_that_are_no_safetensors(folder, content):
     (b"{}", r"has peft_type=None; known here: \['LORA'\]"),
     (b'{"peft_type": ["LORA"]}', "has peft_type="),
     (b'{"peft_type": "LORA"}', "has no field 'r'"),
-    (b'{"peft_type": "LORA", "r": "four", "lora_alpha": 8, "target_modules": ["q_proj"]}', "r must be a whole number.*'four'"),
-    (b'{"peft_type": "LORA", "r": 4, "lora_alpha": null, "target_modules": ["q_proj"]}', "alpha must be a finite number"),
-    (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": 7}', r"must name at least one layer; got \[7\]"),
+    (b'{"peft_type": "LORA", "r": "four", "lora_alpha": 8, "target_modules": ["q_proj"]}',
+     "r must be a whole number.*'four'"),
+    (b'{"peft_type": "LORA", "r": 4, "lora_alpha": null, "target_modules": ["q_proj"]}',
+     "alpha must be a finite number"),
+    (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": 7}',
+     r"must name at least one layer; got \[7\]"),
     (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}', "no module is named 'c_attn'"),
 ])
 def test_damaged_settings(folder, content, message):
@@ -344,5 +351,6 @@ def test_an_adapter_with_a_rank_that_this_model_cannot_have(folder):
 def test_into_a_model_with_another_or_a_merged_adapter(folder):
     refuses(folder, ValueError, r"r is 2 in the model and 4 in .*Call detach\(model\) first",
             attach(llama(), LoRAConfig(r=2, alpha=12)))
-    refuses(folder, ValueError, "missing from the file", attach(llama(), LoRAConfig(r=4, alpha=12, target_modules=["k_proj", "q_proj"])))
+    refuses(folder, ValueError, "missing from the file",
+            attach(llama(), LoRAConfig(r=4, alpha=12, target_modules=["k_proj", "q_proj"])))
     refuses(folder, ValueError, r"is merged into this model. Call unmerge\(model\)", merge(trained()))

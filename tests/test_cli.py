@@ -1,4 +1,5 @@
-"""The command line: every subcommand reaches its function, mistakes get a sentence, and nothing heavy is imported early."""
+"""The command line: every subcommand reaches its function, mistakes get a sentence, nothing heavy is imported."""
+
 from __future__ import annotations
 
 import json
@@ -16,13 +17,17 @@ COMMANDS = ["lab", "doctor", "build", "grade", "data", "version"]
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "pefttools", *args], capture_output=True, text=True, cwd=ROOT, timeout=60, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "pefttools", *args], capture_output=True, text=True, cwd=ROOT, timeout=60, **kwargs
+    )
 
 
 def test_help_lists_the_commands_and_imports_nothing_heavy():
-    code = ("import sys\nfrom pefttools.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-            "print('HEAVY', sorted({m.split('.')[0] for m in sys.modules} & "
-            "{'torch', 'numpy', 'transformers', 'jupyter_core', 'nbformat', 'datasets', 'packaging'}))")
+    code = (
+        "import sys\nfrom pefttools.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', sorted({m.split('.')[0] for m in sys.modules} & "
+        "{'torch', 'numpy', 'transformers', 'jupyter_core', 'nbformat', 'datasets', 'packaging'}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert "HEAVY []" in done.stdout
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
@@ -42,10 +47,17 @@ def test_version():
     assert (done.returncode, done.stdout) == (0, pefttools.__version__ + "\n")
 
 
-@pytest.mark.parametrize("args, said", [
-    ([], "COMMAND"), (["frobnicate"], "invalid choice"), (["doctor", "--jason"], "unknown arguments: --jason"),
-    (["grade"], "FOLDER"), (["data", "-n", "many"], "invalid int value"), (["version", "--no-browser"], "unknown arguments"),
-])
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ([], "COMMAND"),
+        (["frobnicate"], "invalid choice"),
+        (["doctor", "--jason"], "unknown arguments: --jason"),
+        (["grade"], "FOLDER"),
+        (["data", "-n", "many"], "invalid int value"),
+        (["version", "--no-browser"], "unknown arguments"),
+    ],
+)
 def test_wrong_calls_end_with_2_and_a_sentence(args, said, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(args)
@@ -91,7 +103,9 @@ def test_lab_opens_the_first_chapter_of_the_readers_copies(little_course, monkey
     mine = little_course.parent / "my_course"
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert command[-4:] == ["--no-browser", "--port", "9999", "--ip=0.0.0.0"]
-    assert f"--ServerApp.root_dir={mine}" in command and "--LabApp.default_url=/lab/tree/00_start/start.ipynb" in command
+    assert (
+        f"--ServerApp.root_dir={mine}" in command and "--LabApp.default_url=/lab/tree/00_start/start.ipynb" in command
+    )
     assert (mine / "00_start" / "start.ipynb").is_file()
     out = capsys.readouterr().out
     assert "02_lora/lora.ipynb: new" in out and str(mine) in out
@@ -110,7 +124,9 @@ def test_lab_sync_only_and_mine(little_course, tmp_path, capsys):
     assert not (tmp_path / "my_course").exists()
 
 
-@pytest.mark.parametrize("changed, args, code", [([], [], 0), (["course/x"], [], 0), (["course/x"], ["--check"], 1), ([], ["--check"], 0)])
+@pytest.mark.parametrize(
+    "changed, args, code", [([], [], 0), (["course/x"], [], 0), (["course/x"], ["--check"], 1), ([], ["--check"], 0)]
+)
 def test_build(monkeypatch, changed, args, code):
     seen = {}
     monkeypatch.setattr("pefttools.grading.build.build", lambda **kwargs: seen.update(kwargs) or changed)
@@ -131,7 +147,10 @@ def test_doctor_exit_code_and_json(monkeypatch, capsys):
     from pefttools.doctor import Diagnosis, Row
 
     for stops in (False, True):
-        monkeypatch.setattr("pefttools.doctor.doctor", lambda stops=stops: Diagnosis([Row("disk", "problem", "full", "make room", stops)]))
+        monkeypatch.setattr(
+            "pefttools.doctor.doctor",
+            lambda stops=stops: Diagnosis([Row("disk", "problem", "full", "make room", stops)]),
+        )
         assert cli.main(["doctor"]) == int(stops)
         assert "make room" in capsys.readouterr().out
         assert cli.main(["doctor", "--json"]) == int(stops)
@@ -154,6 +173,6 @@ def test_data_shows_and_writes_rows(monkeypatch, tmp_path, capsys):
 
 def test_a_terminal_that_lacks_a_character_is_no_reason_to_stop():
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    code = "from pefttools import cli; cli.run_version = lambda args: print('→ ✓'); raise SystemExit(cli.main(['version']))"
+    code = "from pefttools import cli; cli.run_version = lambda _: print('→ ✓'); exit(cli.main(['version']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
     assert (done.returncode, done.stdout) == (0, "? ?\n")

@@ -266,12 +266,15 @@ NAMES = "named q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm
 
 
 @pytest.mark.parametrize("settings, error, message", [
-    ({"target_modules": ["q_prj"]}, ValueError, f"no module is named 'q_prj'.*{NAMES}; the nearest to 'q_prj' is 'q_proj'"),
+    ({"target_modules": ["q_prj"]}, ValueError,
+     f"no module is named 'q_prj'.*{NAMES}; the nearest to 'q_prj' is 'q_proj'"),
     ({"target_modules": ["q_proj", "c_attn"]}, ValueError, f"no module is named 'c_attn'.*{NAMES}"),
+    ({"target_modules": ["proj"]}, ValueError, "no module is named 'proj'"),      # a whole part of the name, not its end
     ({"target_modules": []}, ValueError, rf"must name at least one layer; got \[\].*{NAMES}"),
     ({"target_modules": [""]}, ValueError, "must name at least one layer"),
     ({"target_modules": None}, ValueError, "must name at least one layer; got"),
-    ({"target_modules": "q_proj"}, ValueError, r"a regular expression for the whole name; did you mean the list \['q_proj'\]"),
+    ({"target_modules": "q_proj"}, ValueError,
+     r"a regular expression for the whole name; did you mean the list \['q_proj'\]"),
     ({"target_modules": ".*qq.*"}, ValueError, f"selects no module.*{NAMES}"),
     ({"target_modules": "(q"}, ValueError, r"is not a regular expression.*give a list: \[\"q_proj\", \"v_proj\"\]"),
     ({"target_modules": ["self_attn"]}, TypeError, f"'model.layers.0.self_attn': this is a LlamaAttention.*{NAMES}"),

@@ -1,4 +1,5 @@
 """`pefttools lab` as a reader starts it: JupyterLab answers, chapter 00 is in its file browser and opens."""
+
 from __future__ import annotations
 
 import json
@@ -34,11 +35,17 @@ def server(tmp_path_factory):
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     environment = {**os.environ, **{name: str(home / name) for name in names}, "no_proxy": "*"}
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "pefttools", "lab", "--mine", str(mine), "--no-browser", "--port", str(port)],
-                                   cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pefttools", "lab", "--mine", str(mine), "--no-browser", "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
     url = None
     try:
-        for _ in range(600):
+        for _ in range(1800):  # 2 s on a quiet machine
             found = re.search(rf"http://(?:localhost|127\.0\.0\.1):{port}/\S*token=\w+", log.read_text())
             if found or process.poll() is not None:
                 break

@@ -1,4 +1,5 @@
 """The two commands and what they install: constraints, conda, make, the wheel, and that the README tells the truth."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -23,7 +24,9 @@ from pefttools import cli
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / ".ci" / "constraints.txt").read_text()
-PINS = {canonicalize_name(name): Version(version) for name, version in re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, re.M)}
+PINS = {
+    canonicalize_name(name): Version(version) for name, version in re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, re.M)
+}
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z]+):(?!=)", MAKEFILE, re.M)
@@ -45,8 +48,12 @@ def test_every_range_allows_its_pin():
     for requirement in direct():
         pin = PINS[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{requirement} does not allow {pin}"
-        assert len(requirement.specifier) and "==" not in str(requirement.specifier), f"{requirement}: a range, not a pin"
-    assert not Requirement(next(d for d in PROJECT["dependencies"] if d.startswith("ipywidgets"))).specifier.contains("8.1.9")
+        assert len(requirement.specifier) and "==" not in str(requirement.specifier), (
+            f"{requirement}: a range, not a pin"
+        )
+    assert not Requirement(next(d for d in PROJECT["dependencies"] if d.startswith("ipywidgets"))).specifier.contains(
+        "8.1.9"
+    )
 
 
 def test_everything_that_gets_installed_is_pinned():
@@ -95,7 +102,12 @@ def test_the_version_is_stated_once_and_python_agrees():
 
 def test_licence():
     text = (ROOT / "LICENSE").read_text()
-    assert "Apache License" in text and "Version 2.0" in text and "END OF TERMS AND CONDITIONS" in text and len(text) > 11_000
+    assert (
+        "Apache License" in text
+        and "Version 2.0" in text
+        and "END OF TERMS AND CONDITIONS" in text
+        and len(text) > 11_000
+    )
     assert PROJECT["license"] == "Apache-2.0" and "Apache-2.0" in README
 
 
@@ -105,14 +117,33 @@ def test_a_wheel_holds_the_model_and_the_data(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, here)
     shutil.copytree(ROOT / "pefttools", here / "pefttools", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-                           "--wheel-dir", str(tmp_path), str(here)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--wheel-dir",
+            str(tmp_path),
+            str(here),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         inside = {name for name in wheel.namelist() if name.startswith("pefttools/")}
         metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
-    expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pefttools").rglob("*")
-                if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith(".")}
+    expected = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "pefttools").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith(".")
+    }
     assert inside == expected
     assert "pefttools = pefttools.cli:main" in metadata
 
@@ -153,7 +184,15 @@ class Clone:
         names = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "VENV", "ARGS", "PIP_INSTALL_ARGS")
         environment = {k: v for k, v in os.environ.items() if k not in names}
         environment |= {"PATH": f"{self.fake}:/usr/bin:/bin", "FAKE_LOG": str(self.log), "FAKE_DIR": str(self.fake)}
-        done = subprocess.run(command, cwd=self.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
         asked = [line for line in self.log.read_text().splitlines() if not re.match(r"-c |-V|-m pip --version", line)]
         return done.returncode, done.stdout, asked
 
@@ -169,7 +208,7 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
-INSTALL = "-m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable .[test]"
+INSTALL = "-m pip install --disable-pip-version-check --constraint .ci/constraints.txt --editable .[test]"
 
 
 @needs_make
@@ -247,7 +286,9 @@ def test_a_newer_python_is_found_by_itself_or_named(clone):
     assert code == 0 and asked[0] == "-m venv --clear .venv", out
     shutil.rmtree(clone.root / ".venv")
     shutil.copy(clone.fake / "python3.13", clone.fake / "mypython")
-    code, out, asked = clone.make("lab", f"PYTHON={clone.fake / 'mypython'}", "VENV=elsewhere", "PIP_INSTALL_ARGS=--pre --find-links x")
+    code, out, asked = clone.make(
+        "lab", f"PYTHON={clone.fake / 'mypython'}", "VENV=elsewhere", "PIP_INSTALL_ARGS=--pre --find-links x"
+    )
     assert code == 0 and asked[:2] == ["-m venv --clear elsewhere", f"{INSTALL} --pre --find-links x"], out
 
 
@@ -292,7 +333,9 @@ def test_clean_keeps_the_readers_work(clone):
 
 def test_makefile_keeps_to_what_make_3_81_knows():
     assert not re.search(r"^\.ONESHELL|^\.RECIPEPREFIX|^define .*=|\s!=\s|\$\(file |::=", MAKEFILE, re.M)
-    assert not re.search(r"^ +\S", "\n".join(line for line in MAKEFILE.splitlines() if not line.startswith("#")), re.M), "tabs"
+    assert not re.search(
+        r"^ +\S", "\n".join(line for line in MAKEFILE.splitlines() if not line.startswith("#")), re.M
+    ), "tabs"
 
 
 def test_git_ignores_what_is_made_and_nothing_of_ours(tmp_path):
@@ -300,9 +343,21 @@ def test_git_ignores_what_is_made_and_nothing_of_ours(tmp_path):
         pytest.skip("there is no git")
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     shutil.copy(ROOT / ".gitignore", tmp_path)
-    made = ["my_course/02_lora/lora.ipynb", "grading/gradebook.db", ".venv/bin/python", "solutions/02_lora.ipynb", "pefttools/__pycache__/x.pyc"]
-    ours = ["pefttools/grading/judge.py", "tests/grading/test_judge.py", "solutions/02_lora.py", "course/02_lora/lora.ipynb",
-            "pefttools/lab/tiny/model.safetensors", ".ci/run"]
+    made = [
+        "my_course/02_lora/lora.ipynb",
+        "grading/gradebook.db",
+        ".venv/bin/python",
+        "solutions/02_lora.ipynb",
+        "pefttools/__pycache__/x.pyc",
+    ]
+    ours = [
+        "pefttools/grading/judge.py",
+        "tests/grading/test_judge.py",
+        "solutions/02_lora.py",
+        "course/02_lora/lora.ipynb",
+        "pefttools/lab/tiny/model.safetensors",
+        ".ci/run",
+    ]
     done = subprocess.run(["git", "check-ignore", *made, *ours], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines() == made
 
@@ -339,7 +394,9 @@ def test_pefttools_commands_in_the_readme_exist(words):
 
 def test_files_and_folders_in_the_readme_exist():
     made, examples = {"my_course", "grading", ".venv"}, {"alice.ipynb", "alice/02_lora/lora.ipynb"}
-    for path in set(re.findall(r"`([\w./]+/|[\w./]+\.(?:py|txt|yml|toml|md|ipynb))`", README)) | set(re.findall(r"\]\((?!http|#)([^)]+)\)", README)):
+    for path in set(re.findall(r"`([\w./]+/|[\w./]+\.(?:py|txt|yml|toml|md|ipynb))`", README)) | set(
+        re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    ):
         assert path.split("/")[0] in made or path in examples or (ROOT / path).exists(), path
     for command in commands():
         for word in command:
@@ -354,7 +411,9 @@ from peft import PeftModel
 print(len(PeftModel.from_pretrained(load_base("tiny").model, "my_adapter").peft_config))
 """
     environment = {**os.environ, "PEFTTOOLS_QUICK": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "1" and (tmp_path / "my_adapter" / "adapter_config.json").exists()
 

@@ -1,4 +1,5 @@
 """The reader's copies: made, brought up to date with the answers in them, and never lost."""
+
 from __future__ import annotations
 
 import json
@@ -22,9 +23,15 @@ def chapter(*names, prose="Read this.", stub='    raise NotImplementedError("not
     for name in names:
         variable = name.replace("-", "_")
         mark = {"schema_version": 3, "task": False, "locked": False, "solution": True, "grade": False, "grade_id": name}
-        cells.append(nbformat.v4.new_code_cell(f"# exercise: {name}\ndef {variable}(x):\n{stub}", id=name, metadata={"nbgrader": mark}))
+        cells.append(
+            nbformat.v4.new_code_cell(
+                f"# exercise: {name}\ndef {variable}(x):\n{stub}", id=name, metadata={"nbgrader": mark}
+            )
+        )
         mark = {**mark, "locked": True, "solution": False, "grade": True, "points": 1, "grade_id": f"check-{name}"}
-        cells.append(nbformat.v4.new_code_cell(f'check("{name}", {variable})', id=f"check-{name}", metadata={"nbgrader": mark}))
+        cells.append(
+            nbformat.v4.new_code_cell(f'check("{name}", {variable})', id=f"check-{name}", metadata={"nbgrader": mark})
+        )
     nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     return nbformat.writes(nb) + "\n"
 
@@ -62,14 +69,20 @@ def source(path: Path, name: str) -> str:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"
+    }
 
 
 def test_first_start_copies_everything_and_a_second_changes_nothing(course, mine):
     put(course / "02_lora" / "picture.txt", "a file beside a notebook")
     put(course / "02_lora" / ".ipynb_checkpoints" / "lora-checkpoint.ipynb", "{}")
     changes = sync(course, mine)
-    assert [(c.file, c.what) for c in changes] == [("00_start/start.ipynb", "new"), (FILE, "new"), ("02_lora/picture.txt", "new")]
+    assert [(c.file, c.what) for c in changes] == [
+        ("00_start/start.ipynb", "new"),
+        (FILE, "new"),
+        ("02_lora/picture.txt", "new"),
+    ]
     for c in changes:
         assert (mine / c.file).read_bytes() == (course / c.file).read_bytes()
     before = everything(mine)
@@ -141,11 +154,18 @@ def test_two_updates_in_one_second_keep_both_files(course, mine, monkeypatch):
         put(course / FILE, chapter("lora-forward", prose=f"Version {n}."))
         sync(course, mine)
     kept = sorted(p.name for p in (mine / "old" / "02_lora").iterdir())
-    assert kept == ["lora_2026-01-31_10-15-00.ipynb", "lora_2026-01-31_10-15-00_2.ipynb", "lora_2026-01-31_10-15-00_3.ipynb"]
+    assert kept == [
+        "lora_2026-01-31_10-15-00.ipynb",
+        "lora_2026-01-31_10-15-00_2.ipynb",
+        "lora_2026-01-31_10-15-00_3.ipynb",
+    ]
 
 
-@pytest.mark.parametrize("damage", [b"", b"not JSON", b'{"cells": ', b"[1, 2]", b'{"nbformat": 4}', b'{"cells": 3}', b"\xff\xfe\x00",
-                                    b"[" * 200_000], ids=["empty", "text", "cut off", "list", "no cells", "number", "bytes", "deep"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"not JSON", b'{"cells": ', b"[1, 2]", b'{"nbformat": 4}', b'{"cells": 3}', b"\xff\xfe\x00", b"[" * 200_000],
+    ids=["empty", "text", "cut off", "list", "no cells", "number", "bytes", "deep"],
+)
 @pytest.mark.parametrize("changed", [False, True], ids=["same chapter", "new chapter"])
 def test_unreadable_file_is_set_aside(course, mine, damage, changed):
     sync(course, mine)
@@ -159,7 +179,9 @@ def test_unreadable_file_is_set_aside(course, mine, damage, changed):
     assert sync(course, mine) == []
 
 
-@pytest.mark.parametrize("cells", [[None], ["text"], [{"cell_type": "code"}], [{"source": 3, "cell_type": "code", "metadata": 1}]])
+@pytest.mark.parametrize(
+    "cells", [[None], ["text"], [{"cell_type": "code"}], [{"source": 3, "cell_type": "code", "metadata": 1}]]
+)
 def test_odd_but_readable_notebooks_lose_nothing(course, mine, cells):
     sync(course, mine)
     put(mine / FILE, json.dumps({"cells": cells, "nbformat": 4, "metadata": {}}))
@@ -182,7 +204,11 @@ def test_a_splice_that_fails_costs_nothing(course, mine, monkeypatch):
     monkeypatch.setattr("pefttools.grading.splice.splice", fail)
     put(course / FILE, chapter("lora-forward", prose="New."))
     [change] = sync(course, mine)
-    assert change.what == "set aside" and "RuntimeError: with {braces}" in change.note and change.kept.read_bytes() == written
+    assert (
+        change.what == "set aside"
+        and "RuntimeError: with {braces}" in change.note
+        and change.kept.read_bytes() == written
+    )
     assert (mine / FILE).read_bytes() == (course / FILE).read_bytes()
 
 
@@ -291,7 +317,10 @@ def test_eight_processes_at_once(course, mine):
     put(course / FILE, chapter("lora-forward", prose="New."))
     code = "import sys; from pefttools.workspace import sync; print(len(sync(sys.argv[1], sys.argv[2])))"
     root = Path(workspace.__file__).parents[1]
-    runs = [subprocess.Popen([sys.executable, "-c", code, course, mine], stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(8)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, course, mine], stdout=subprocess.PIPE, text=True, cwd=root)
+        for _ in range(8)
+    ]
     said = [int(run.communicate(timeout=60)[0]) for run in runs]
     assert sorted(said) == [0] * 7 + [1]
     assert len(list((mine / "old").rglob("*.ipynb"))) == 1

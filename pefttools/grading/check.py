@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from pefttools.grading.exercise import Exercise
+from pefttools.grading.room import in_notebook, settled
 
 if TYPE_CHECKING:
     from pefttools.grading.verdict import Verdict
@@ -40,26 +41,23 @@ def check(exercise: str | Exercise, work: Any, seed: int = NOTEBOOK_SEED) -> Ver
 
         exercise = find(exercise)
     verdict = with_progress(verdict_on(exercise, work, seed))
-    if not _in_notebook():
+    if not in_notebook():
         print(verdict.text)
     return verdict
 
 
 def verdict_on(exercise: Exercise, work: Any, seed: int = NOTEBOOK_SEED) -> Verdict:
     """The verdict, without printing anything and without counting it as progress."""
-    import torch
-
     from pefttools.grading.judge import judge, not_written
     from pefttools.grading.probe import probe_all
+    from pefttools.grading.verdict import Verdict
 
-    with torch.inference_mode(False):
-        if work is None or work is ...:
-            return not_written(exercise, seed)
-        complaint = _unfit(exercise, work)
-        if complaint is not None:
-            from pefttools.grading.verdict import Verdict
-
-            return Verdict(exercise.name, exercise.title, exercise.chapter, False, 0, exercise.points, "work", complaint, seed=seed)
+    if work is None or work is ...:
+        return not_written(exercise, seed)
+    complaint = _unfit(exercise, work)
+    if complaint is not None:
+        return Verdict.of(exercise, "work", complaint, seed=seed)
+    with settled(0):
         cases = exercise.cases(seed)
         return judge(exercise, probe_all(exercise, work, cases), cases, seed)
 
@@ -119,11 +117,3 @@ def with_progress(verdict: Verdict) -> Verdict:
 def reset_progress() -> None:
     """Forget which exercises were passed in this process."""
     _points.clear()
-
-
-def _in_notebook() -> bool:
-    """Whether a notebook front end (JupyterLab, VS Code, Colab, nbclient) will show the value of the cell."""
-    import sys
-
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None

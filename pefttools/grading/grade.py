@@ -28,7 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pefttools.grading.build import Chapter, dumps, find_root, read_chapter, sources, write
+from pefttools.grading.build import find_root, sources, write
+from pefttools.grading.chapter import Chapter, dumps, read_chapter
 from pefttools.grading.splice import BadSubmission, answer_names, identity, read_notebook, splice
 
 

@@ -181,7 +181,7 @@ def _values(got: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float,
     differing = int(wrong.sum())
     if differing == 0:
         return None
-    worst = [int(i) for i in torch.unravel_index(excess.flatten().argmax(), expected.shape)] if expected.dim() else []
+    worst = _position(int(excess.flatten().argmax()), expected.shape)
     ours, theirs = got[tuple(worst)], expected[tuple(worst)]
     finite = error[wrong & error.isfinite()]
     relative = (error / y.abs())[wrong & error.isfinite() & (y != 0)]
@@ -200,6 +200,15 @@ def _values(got: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float,
         message += f", relative {details['max_rel']:.3g}." if details["max_rel"] is not None else "."
     message += _value_hint(x, y, nan, wrong, rtol, atol)
     return Difference("value", leaf, gradient, message, tensor_text(expected, worst), tensor_text(got, worst), details)
+
+
+def _position(index: int, shape: torch.Size) -> list[int]:
+    """The indices of the flat `index`. (torch.unravel_index does it too, and imports sympy for it: four seconds.)"""
+    position = []
+    for size in reversed(shape):
+        index, here = divmod(index, size)
+        position.insert(0, here)
+    return position
 
 
 def _value_hint(x: torch.Tensor, y: torch.Tensor, nan: int, wrong: torch.Tensor, rtol: float, atol: float) -> str:
@@ -440,11 +449,11 @@ def judge(exercise: Exercise, outcomes: list[Outcome], cases: list[dict], seed: 
         ranked = [(difference.rank, index, order, difference) for index in range(total) for order, difference in enumerate(
             differences(plain(outcomes[index].data), expected[index].data, exercise.rtol, exercise.atol))]
         if not ranked:
-            return Verdict(exercise.name, exercise.title, exercise.chapter, True, exercise.points, exercise.points, "passed",
-                           exercise.praise or _agreement(exercise, total), seed=seed)
+            return Verdict.of(exercise, "passed", exercise.praise or _agreement(exercise, total), seed=seed)
         _, number, _, found = min(ranked, key=lambda entry: entry[:3])
 
-    mistake = _find_mistake(exercise, outcomes, expected, answers) if len(outcomes) == total else None
+    complaint = found.leaf if isinstance(found, Difference) else None
+    mistake = _find_mistake(exercise, outcomes, expected, complaint, answers) if len(outcomes) == total else None
     parts = [exercise.mistakes[mistake][1].strip()] if mistake is not None else []
     where = line = None
     if isinstance(found, Raised):
@@ -458,8 +467,8 @@ def judge(exercise: Exercise, outcomes: list[Outcome], cases: list[dict], seed: 
         wanted, parts = None, (parts[:1] if mistake is not None else [exercise.complaint(got)])
     printed = outcomes[number].printed if number < len(outcomes) else ""
     shown_case = describe_case(cases[number], number, total) if exercise.reveals and total and (total > 1 or cases[0]) else None
-    return Verdict(exercise.name, exercise.title, exercise.chapter, False, 0, exercise.points, kind, "\n".join(parts), leaf, wanted,
-                   got, mistake, number, shown_case, where, line, printed, seed)
+    return Verdict.of(exercise, kind, "\n".join(parts), leaf=leaf, expected=wanted, got=got, mistake=mistake, case_number=number,
+                      case=shown_case, place=where, line=line, printed=printed, seed=seed)
 
 
 def not_written(exercise: Exercise, seed: int | None = None, other: str | None = None) -> Verdict:
@@ -467,7 +476,7 @@ def not_written(exercise: Exercise, seed: int | None = None, other: str | None =
     message = "Not written yet: replace the stub in the cell above, run it, then run this cell again."
     if other is not None:
         message = f"Not written yet: this calls your work of the exercise `{other}`, which is still a stub. Write that one first."
-    return Verdict(exercise.name, exercise.title, exercise.chapter, False, 0, exercise.points, "blank", message, seed=seed)
+    return Verdict.of(exercise, "blank", message, seed=seed)
 
 
 def _blank(data: Any) -> bool:
@@ -503,8 +512,8 @@ def _answers(exercise: Exercise, kind: str, name: str, seed: int) -> tuple[Outco
     return tuple(probe_all(exercise, _work(exercise, kind, name), exercise.cases(seed)))
 
 
-def _find_mistake(exercise: Exercise, outcomes: list[Outcome], expected: list[Outcome], answers: Any) -> str | None:
-    """The mistake whose answers the work's equal on all cases; else the only one that explains every leaf it touches."""
+def _find_mistake(exercise: Exercise, outcomes: list[Outcome], expected: list[Outcome], leaf: str | None, answers: Any) -> str | None:
+    """The mistake whose answers the work's equal on all cases; else the only one that explains the leaf complained of."""
     partial = []
     rtol, atol = exercise.rtol, exercise.atol
     ours = [Outcome(plain(outcome.data), outcome.raised) for outcome in outcomes]
@@ -514,7 +523,7 @@ def _find_mistake(exercise: Exercise, outcomes: list[Outcome], expected: list[Ou
             continue        # the cases do not tell this mistake from right work: nobody can be told that it is theirs
         if all(_same(x, y, rtol, atol) for x, y in zip(ours, theirs)):
             return name
-        if _explains(ours, theirs, expected, rtol, atol):
+        if leaf is not None and _explains(ours, theirs, expected, leaf, rtol, atol):
             partial.append(name)
     return partial[0] if len(partial) == 1 else None
 
@@ -541,26 +550,24 @@ def _same_error(ours: Raised, theirs: Raised) -> bool:
     return x == y or difflib.SequenceMatcher(None, x, y).ratio() >= 0.8
 
 
-def _leaves(data: Any, path: tuple = ()) -> dict[str, Any]:
-    """Top-level entries of a result, as the leaves in which mistakes are told apart."""
+def _leaves(data: Any) -> dict[str, Any]:
+    """The top-level entries of a result: the leaves by which mistakes are told apart."""
     return {str(key): value for key, value in data.items()} if type(data) is dict else {"": data}
 
 
-def _explains(ours: list[Outcome], theirs: list[Outcome], expected: list[Outcome], rtol: float, atol: float) -> bool:
-    """Whether the work is wrong in the mistake's way on every leaf the mistake touches, though wrong elsewhere too.
+def _explains(ours: list[Outcome], theirs: list[Outcome], expected: list[Outcome], leaf: str, rtol: float, atol: float) -> bool:
+    """Whether the work is wrong in the mistake's way, on all cases, in every leaf the mistake touches, `leaf` among them.
 
-    Only answers with tensors or numbers count: two works that both miss a True need not be wrong for one reason.
+    The work may be wrong elsewhere too. Only leaves with tensors or numbers tell: two works that both lack a True need
+    not lack it for one reason.
     """
-    telling = False
-    for x, y, right in zip(ours, theirs, expected):
-        if x.raised is not None or y.raised is not None:
-            return False
-        x, y, right = _leaves(x.data), _leaves(y.data), _leaves(right.data)
-        for leaf in right:
-            if leaf not in y or leaf not in x:
-                return False
-            if _any(y[leaf], right[leaf], rtol, atol):
-                if _any(x[leaf], y[leaf], rtol, atol):
-                    return False
-                telling = telling or type(y[leaf]) in (torch.Tensor, float, list, tuple)
-    return telling
+    if any(outcome.raised is not None for outcome in (*ours, *theirs)):
+        return False
+    cases = [tuple(_leaves(outcome.data) for outcome in case) for case in zip(ours, theirs, expected)]
+    if any(x.keys() != right.keys() or y.keys() != right.keys() for x, y, right in cases):
+        return False
+    touched = {name for _, y, right in cases for name in right if _any(y[name], right[name], rtol, atol)}
+    telling = any(type(y[name]) in (torch.Tensor, float, list, tuple) for _, y, _ in cases for name in touched & y.keys())
+    about = any(leaf == name or leaf.startswith((f"{name} / ", f"{name}[")) or name == "" for name in touched)
+    return telling and about and not any(
+        _any(x[name], y[name], rtol, atol) for x, y, _ in cases for name in touched & y.keys())

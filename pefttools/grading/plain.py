@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import sys
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ class NotPlain:
     name: str
 
 
+def _among(kind: type, kinds: Iterable[type]) -> bool:
+    """Whether a type is one of these, by identity: `in` would ask a metaclass that calls itself equal to everything."""
+    return any(kind is other for other in kinds)
+
+
 def plain(value: Any) -> Any:
     """A copy of `value` in exact plain types; what is not plain becomes `NotPlain` where it stood.
 
@@ -42,29 +48,29 @@ def _plain(value: Any, depth: int, room: list[int]) -> Any:
     room[0] -= 1
     if room[0] < 0:
         return NotPlain(f"more than {MAX_LEAVES} entries")
-    if kind in SCALARS:
+    if _among(kind, SCALARS) or kind is NotPlain and type(value.name) is str:
         return value
-    if kind in (torch.Tensor, torch.nn.Parameter):
+    if _among(kind, (torch.Tensor, torch.nn.Parameter)):
         return _plain_tensor(value)
     if depth >= MAX_DEPTH:
         return NotPlain(f"something nested more than {MAX_DEPTH} deep")
-    if kind in (list, tuple, torch.Size):
+    if _among(kind, (list, tuple, torch.Size)):
         items = [_plain(item, depth + 1, room) for item in value]
         return items if kind is list else tuple(items)
-    if kind in (dict, collections.OrderedDict):
-        for key in value:
-            if type(key) not in (str, int, bool):
+    if _among(kind, (dict, collections.OrderedDict)):
+        for key in dict.keys(value):
+            if not _among(type(key), (str, int, bool)):
                 return NotPlain(f"a dict with a key that is {type_name(key)}")
         return {key: _plain(item, depth + 1, room) for key, item in dict.items(value)}
-    if kind in (torch.dtype, torch.device):
+    if _among(kind, (torch.dtype, torch.device)):
         return str(value)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         if kind is numpy.ndarray:
             return _plain_array(value, numpy)
-        if kind in set(numpy.sctypeDict.values()):
+        if _among(kind, numpy.sctypeDict.values()):
             item = value.item()
-            return item if type(item) in SCALARS else NotPlain(type_name(value))
+            return item if _among(type(item), SCALARS) else NotPlain(type_name(value))
     return NotPlain(type_name(value))
 
 
@@ -100,7 +106,7 @@ def _plain_array(value: Any, numpy: types.ModuleType) -> Any:
 def type_name(value: Any) -> str:
     """A phrase for the type of anything at all; never runs code of the object or of its class."""
     kind = type(value)
-    if kind in (types.FunctionType, types.MethodType, types.BuiltinFunctionType):
+    if _among(kind, (types.FunctionType, types.MethodType, types.BuiltinFunctionType)):
         return "a function"
     if issubclass(kind, type):
         return "a class"

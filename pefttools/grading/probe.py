@@ -5,31 +5,22 @@ What comes back is data only (`Outcome`), so that the judge can be another proce
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import linecache
-import logging
 import os
-import random
 import re
-import sys
 import sysconfig
 import types
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from pefttools.grading.exercise import Exercise
 from pefttools.grading.plain import plain
+from pefttools.grading.room import notebook_shell, quiet, settled
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 LIBRARIES = tuple({os.path.abspath(path) + os.sep for name, path in sysconfig.get_paths().items()
                    if name in ("stdlib", "platstdlib", "purelib", "platlib")})
-PRINTED = 2_000           # characters kept of what the work prints
 UNWRITTEN = re.compile(r"^(?:(?P<name>[a-z][a-z0-9-]*): )?(?:not written yet|not implemented(?: yet)?|todo)?\W*$", re.IGNORECASE)
 
 
@@ -68,85 +59,13 @@ def probe_all(exercise: Exercise, work: Any, cases: list[dict]) -> list[Outcome]
 
 def _probe_one(exercise: Exercise, work: Any, case: dict, number: int) -> Outcome:
     case = copy.deepcopy(case)
-    with _settled(number), quiet() as printed:
+    with settled(number), quiet() as printed:
         try:
             return Outcome(plain(exercise.probe(work, case)), None, printed.getvalue())
         except KeyboardInterrupt:
             raise
         except BaseException as error:      # SystemExit too: a work that leaves must not take the notebook with it
             return Outcome(None, _raised(error, exercise.probe), printed.getvalue())
-
-
-@contextlib.contextmanager
-def _settled(seed: int) -> Iterator[None]:
-    """The same random numbers, default dtype, device and gradient mode for every work; put back as they were."""
-    python, dtype = random.getstate(), torch.get_default_dtype()
-    numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy is not None else None
-    try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            if numpy is not None:
-                numpy.random.seed(seed)
-            torch.set_default_dtype(torch.float32)
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        random.setstate(python)
-        if state is not None:
-            numpy.random.set_state(state)
-
-
-class _Beginning(io.TextIOBase):
-    """A text stream that keeps its beginning and forgets the rest."""
-
-    encoding = "utf-8"
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._room = PRINTED
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        if self._room > 0:
-            self._parts.append(str(text)[:self._room])
-            self._room -= len(self._parts[-1])
-        return len(text)
-
-    def getvalue(self) -> str:
-        return "".join(self._parts) + ("…" if self._room <= 0 else "")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[_Beginning]:
-    """Hold back prints, warnings, logging and notebook display; gives the stream that keeps the beginning of the prints.
-
-    nbgrader 0.9.6 takes all points of a cell that writes anything to stderr, so nothing of a work's noise may get out.
-    """
-    stream, shell, disabled = _Beginning(), _shell(), logging.root.manager.disable
-    publisher = getattr(shell, "display_pub", None)
-    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)      # handlers keep the stderr they were made with; redirecting misses them
-        if publisher is not None:
-            from IPython.core.displaypub import CapturingDisplayPublisher
-
-            shell.display_pub = CapturingDisplayPublisher()
-        try:
-            yield stream
-        finally:
-            logging.disable(disabled)
-            if publisher is not None:
-                shell.display_pub = publisher
-
-
-def _shell() -> Any:
-    """IPython's shell if we are in one, without importing IPython for it."""
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython is not None else None
 
 
 def _raised(error: BaseException, probe: Any) -> Raised:
@@ -184,7 +103,7 @@ def is_library(filename: str) -> bool:
 
 
 def _file_name(filename: str) -> str:
-    compiler = getattr(_shell(), "compile", None)
+    compiler = getattr(notebook_shell(), "compile", None)
     if compiler is not None and hasattr(compiler, "format_code_name"):
         found = compiler.format_code_name(filename)
         if found:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pefttools.grading.exercise import Exercise, ExerciseError
+from pefttools.grading.room import in_notebook
 
 if TYPE_CHECKING:
     import torch
@@ -125,9 +126,7 @@ def ask(question: str | Question, answer: str | None = None) -> None:
 
 def controls(question: Question) -> Any:
     """The question as a widget (core ipywidgets only); None where there is no notebook or ipywidgets is missing."""
-    from pefttools.grading.check import _in_notebook
-
-    if not _in_notebook():
+    if not in_notebook():
         return None
     try:
         import ipywidgets

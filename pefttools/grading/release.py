@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nbgrader.preprocessors import CheckCellMetadata, ClearOutput, ClearSolutions, ComputeChecksums, LockCells
 
 if TYPE_CHECKING:
-    from pefttools.grading.build import Chapter
+    from pefttools.grading.chapter import Chapter
 
 _REGION = re.compile(
     r"^(?P<indent>[ \t]*)#+ *BEGIN SOLUTION *(?P<note>[^\n]*)\n(?P<body>.*?)^[ \t]*#+ *END SOLUTION[^\n]*$", re.M | re.S
@@ -66,7 +66,7 @@ def release(chapter: Chapter) -> Any:
     """The student's notebook of a chapter. Raises `BuildError` for a stub that does not parse or a solution that leaks."""
     import nbformat
 
-    from pefttools.grading.build import BuildError
+    from pefttools.grading.source import BuildError
 
     notebook = nbformat.from_dict(copy.deepcopy(chapter.notebook))
     resources: dict[str, Any] = {}
@@ -87,13 +87,13 @@ def release(chapter: Chapter) -> Any:
 def leaks(notebook: Any, solutions: list[str]) -> list[tuple[str, str]]:
     """Where text of a solution stands in a released notebook: (cell id, the text found).
 
-    Half of a solution's lines or more, one after the other, give it away (two at least, or the only one); fewer may stand
-    in a hint or a demonstration. Compared without spaces and comments, in sources, outputs and metadata.
+    More than half of a solution's lines, one after the other, give it away; fewer may stand in a hint or a demonstration.
+    Compared without spaces and comments, in sources, outputs and metadata.
     """
     phrases = set()
     for solution in solutions:
         lines = [line for line in map(_squeeze, solution.split("\n")) if line and not line.startswith("#")]
-        run = min(len(lines), max(2, (len(lines) + 1) // 2))
+        run = len(lines) // 2 + 1
         runs = ["".join(lines[n : n + run]) for n in range(len(lines) - run + 1)]
         phrases |= {phrase for phrase in runs if len(phrase) >= 8}
     found = []

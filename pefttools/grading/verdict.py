@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pefttools.grading.exercise import Exercise
 
 # Colours are only an accent: a border and a tint that both light and dark themes bear; the words and the mark tell.
 LOOKS = {"passed": ("✓", "Passed", "46, 125, 50"), "blank": ("○", "Not written yet", "117, 117, 117")}
@@ -40,6 +43,13 @@ class Verdict:
     seed: int | None = None
     progress: str = ""
 
+    @classmethod
+    def of(cls, exercise: Exercise, kind: str, message: str, **more: Any) -> Verdict:
+        """The verdict on a work for this exercise: all of its points when `kind` is "passed", else none."""
+        passed = kind == "passed"
+        return cls(exercise.name, exercise.title, exercise.chapter, passed, exercise.points if passed else 0, exercise.points,
+                   kind, message, **more)
+
     def __bool__(self) -> bool:
         return self.passed
 
@@ -70,13 +80,19 @@ class Verdict:
         if self.printed and not self.passed:
             lines += ["your code printed:", *_indent(self.printed)]
         if self.case:
-            lines.append(f"To try it yourself: case({self.exercise!r}, {(self.case_number or 0) + 1}) gives these inputs.")
+            lines.append(f"These inputs to try it yourself: {self._call}")
         return "\n".join(lines + ([self.progress] if self.progress else []))
 
     @property
     def _side_by_side(self) -> bool:
         """Whether expected and got are worth showing beyond the sentence, which has short ones in it."""
-        return bool(self.expected and self.got and self.kind in ("value", "shape") and "[" in self.expected)
+        if not self.expected or not self.got or self.kind not in ("value", "shape"):
+            return False
+        return self.expected.startswith("[") or max(len(self.expected), len(self.got)) > 40
+
+    @property
+    def _call(self) -> str:
+        return f'from pefttools.grading import case; case("{self.exercise}", {(self.case_number or 0) + 1})'
 
     @property
     def html(self) -> str:
@@ -92,8 +108,8 @@ class Verdict:
             parts.append(f"<details style='margin-top:.35em'><summary>what your code printed</summary>{_pre(self.printed)}</details>")
         small = []
         if self.case:
-            call = f"case(&quot;{html.escape(self.exercise)}&quot;, {(self.case_number or 0) + 1})"
-            small.append(f"{html.escape(self.case[:1].upper() + self.case[1:])} · <code>{call}</code> gives these inputs")
+            small.append(html.escape(self.case[:1].upper() + self.case[1:]))
+            small.append(f"These inputs to try it yourself: <code>{html.escape(self._call)}</code>")
         small += [html.escape(self.progress)] if self.progress else []
         parts += [f"<div style='margin-top:.35em;font-size:90%;opacity:.8'>{line}</div>" for line in small]
         return (f"<div role='status' style='border-left:5px solid rgb({colour});background:rgba({colour},.09);color:inherit;"

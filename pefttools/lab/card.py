@@ -32,6 +32,7 @@ def export(work: Path, to: Path) -> None:
     config = json.loads((to / "config.json").read_text())
     config.pop("transformers_version", None)  # any version that knows Llama will do
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (to / "model.safetensors").chmod(0o644)  # save_pretrained keeps it to its owner
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     (to / "sha256.json").write_text(json.dumps(
         {f: hashlib.sha256((to / f).read_bytes()).hexdigest() for f in files}, indent=1) + "\n")

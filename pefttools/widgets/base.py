@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pefttools.grading.room import in_notebook
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -62,19 +64,12 @@ def _close(fig: Figure) -> None:
 
 
 def _display(bundle: dict, alt: str) -> None:
-    if not _in_notebook():
+    if not in_notebook():
         print(f"[figure] {alt}")
         return
     from IPython.display import display
 
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
-
-
-def _in_notebook() -> bool:
-    import sys
-
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ class SliderFigure:
     def show(self) -> None:
         """Show it: controls where a front end can move them, else the first frame."""
         bundle = self.frame()
-        panel = self.controls(bundle) if _in_notebook() else None
+        panel = self.controls(bundle) if in_notebook() else None
         if panel is not None:
             # One output with both: front ends that know widgets show the controls, all others the first frame.
             bundle = {**panel._repr_mimebundle_(), **bundle}

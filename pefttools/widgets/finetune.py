@@ -109,9 +109,9 @@ def token_flow(pieces: Sequence[str], kinds: Sequence[str], title: str = "", col
             x = 0.0
         lines[-1].append((x, w, text, kind))
         x += w + 0.25
-    fig = _figure(10.5, 0.75 + 0.31 * len(lines))
+    fig = _figure(10.5, 0.62 + 0.31 * len(lines))
     ax = fig.add_subplot()
-    ax.set(xlim=(-0.5, columns + 0.5), ylim=(-1.1 * len(lines) + 0.1, 1.0))
+    ax.set(xlim=(-0.5, columns + 0.5), ylim=(-1.1 * (len(lines) - 1) - 0.2, 1.0))
     ax.axis("off")
     for n, line in enumerate(lines):
         for x, w, text, kind in line:
@@ -144,9 +144,9 @@ def row_alt(encoded: Mapping, tokenizer, pad_to: int = 0) -> str:
 
 def seven_steps(steps: Sequence[tuple[str, str]]):
     """The steps of a fine-tune as a chain of boxes: (name, what it makes)."""
-    fig = _figure(10.5, 1.7)
+    fig = _figure(10.5, 1.55)
     ax = fig.add_subplot()
-    ax.set(xlim=(-0.05, 1.5 * len(steps) - 0.15), ylim=(-0.75, 1.0))
+    ax.set(xlim=(-0.05, 1.5 * len(steps) - 0.15), ylim=(-0.5, 1.0))
     ax.axis("off")
     for i, (name, makes) in enumerate(steps):
         x = 1.5 * i
@@ -198,10 +198,11 @@ def token_weights(counts: Sequence[int]):
                                   ([1 / (len(counts) * n) for n in counts], [1 / total] * len(counts))):
         x = 0
         for i, (n, w) in enumerate(zip(counts, weights)):
-            ax.bar(range(x, x + n), [100 * w] * n, width=0.9, color=(ORANGE, BLUE, GREEN, GREY)[i % 4],
-                   hatch=("", "///", "...", "xx")[i % 4], ec="white", lw=0)
-            ax.text(x + n / 2 - 0.5, 100 * w, f"micro-batch {i + 1}\n{n} targets: {100 * w:.2f} % each", ha="center", va="bottom",
-                    fontsize=8.2)
+            ax.bar(x, 100 * w, width=n, align="edge", color=(ORANGE, BLUE, GREEN, GREY)[i % 4], hatch=("", "///", "...", "xx")[i % 4],
+                   ec="white", lw=1)
+            last = i == len(counts) - 1 and i > 0
+            ax.text(x + n if last else x, 100 * w + 0.02 * 160 / min(counts) / len(counts),
+                    f"micro-batch {i + 1}\n{n} targets, {100 * w:.2f} % each", ha="right" if last else "left", va="bottom", fontsize=8.5)
             x += n
         ax.set_title(title, fontsize=10)
         ax.set(xlabel="target token of the step", ylim=(0, 160 / min(counts) / len(counts)))
@@ -301,18 +302,20 @@ def _wrapped(text: str, columns: int, most: int) -> str:
 
 def generation_figure(prompt: str, before: Mapping, after: Mapping):
     """One prompt and two answers side by side. before, after: rows of a `Report` (`answer`, `passed`, `error`)."""
-    fig = _figure(10.5, 4.4)
-    head = fig.suptitle(_wrapped(prompt, 100, 4), fontsize=9.5, family="monospace", ha="left", x=0.02, wrap=False)
+    answers = [_wrapped(row["answer"], 52, 17) for row in (before, after)]
+    lines = max(a.count("\n") for a in answers) + 1
+    fig = _figure(10.5, 1.3 + 0.155 * max(lines, 5))
+    head = fig.suptitle(_wrapped(prompt, 100, 4), fontsize=9.5, family="monospace", ha="left", x=0.02, parse_math=False)
     head.set_bbox({"fc": "#F2F2F2", "ec": "none", "pad": 4})
-    for ax, name, row in zip(fig.subplots(1, 2), ("base model", "with LoRA"), (before, after)):
+    for ax, name, row, answer in zip(fig.subplots(1, 2), ("base model", "with LoRA"), (before, after), answers):
         ok = row["passed"]
+        colour = "#00664B" if ok else "#A84300"
         ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
-        ax.text(0.02, 0.97, _wrapped(row["answer"], 52, 17).replace("$", r"\$"), va="top", ha="left", fontsize=8.4, family="monospace",
-                color=INK, clip_on=True)
-        verdict = "✓ passes all its tests" if ok else f"✗ fails: {row['error'] or 'no answer'}"
-        ax.set_title(f"{name}: {_wrapped(verdict, 50, 1)}", fontsize=10, loc="left", fontweight="bold", color=GREEN if ok else VERMILION)
+        ax.text(0.02, 0.96, answer, va="top", ha="left", fontsize=8.4, family="monospace", color=INK, parse_math=False)
+        verdict = "✓ passes all its tests" if ok else f"✗ {textwrap.shorten(row['error'] or 'no answer', 48, placeholder=' …')}"
+        ax.set_title(f"{name}: {verdict}", fontsize=9.5, loc="left", fontweight="bold", color=colour, parse_math=False)
         for spine in ax.spines.values():
-            spine.set(color=GREEN if ok else VERMILION, linewidth=2.2 if ok else 1.2, linestyle="-" if ok else "--")
+            spine.set(color=colour, linewidth=2.2 if ok else 1.2, linestyle="-" if ok else "--")
     return fig
 
 

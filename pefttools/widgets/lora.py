@@ -112,15 +112,19 @@ def rank_alpha_figure(r: int = 4, alpha: float = 16):
     return fig
 
 
-EXPLORER_ALT = ("Three panels for one choice of r and alpha: a heat map of Delta W, its singular values as a stem plot with a "
-                "dashed line after number r, and two bars comparing the size of the full matrix with that of A and B.")
+def explorer_alt(r: int, alpha: float) -> str:
+    """What the explorer shows for these values, in words."""
+    return (f"Three panels for r = {r} and alpha = {alpha:g}. A heat map of Delta W. Its singular values: the first {r} are "
+            f"above zero, the other {MOST - r} are zero. Two bars: the full matrix has {WIDTH * HEIGHT:,} numbers, A and B "
+            f"together have {r * (WIDTH + HEIGHT):,}.")
 
 
 def rank_alpha_explorer():
     """The explorer with its two sliders; where no front end answers, its first frame."""
-    from pefttools.widgets.base import slider_figure
+    from pefttools.widgets.base import Slider, slider_figure
 
-    return slider_figure(rank_alpha_figure, alt=EXPLORER_ALT, r=(1, MOST, 1, 4), alpha=(1, 64, 1, 16))
+    return slider_figure(rank_alpha_figure, alt=explorer_alt, title="What r and α do to ΔW",
+                         r=Slider(4, 1, MOST, label="rank r"), alpha=Slider(16, 1, 64, label="α"))
 
 
 # ------------------------------------------------------------------------------------------------ measurements

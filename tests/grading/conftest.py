@@ -29,7 +29,8 @@ class Tiny:
     """A course with one chapter in a temporary folder."""
 
     def __init__(self, root: Path) -> None:
-        from pefttools.grading.build import build, read_chapter
+        from pefttools.grading.build import build
+        from pefttools.grading.chapter import read_chapter
         from pefttools.grading.release import release
 
         self.root, self.entries = root, entries

@@ -8,8 +8,10 @@ import re
 import nbformat
 import pytest
 
-from pefttools.grading.build import BuildError, dumps, ends_in_check, sources
+from pefttools.grading.build import sources
+from pefttools.grading.chapter import dumps
 from pefttools.grading.release import leaks, stub
+from pefttools.grading.source import BuildError, ends_in_check
 
 
 def cells(notebook):
@@ -234,10 +236,11 @@ def test_a_solution_that_leaks_is_refused(tiny, where):
         tiny.release()
 
 
-def test_half_a_solution_leaks_and_less_may_be_a_hint(tiny):
+def test_more_than_half_of_a_solution_leaks_and_less_may_be_a_hint(tiny):
     released = tiny.release()
     solution = ["    a = f(x)\n    # why\n    b = g(a)\n    c = h(b)\n    return a + b + c"]
-    for text, leak in {"a = f(x)\nb = g(a)": True, "b = g(a)\nc=h(b)": True, "a = f(x)\nc = h(b)": False, "c = h(b)": False}.items():
+    for text, leak in {"a = f(x)\nb = g(a)\nc=h(b)": True, "b = g(a)\n# then\nc=h(b)\n    return a+b + c": True,
+                       "a = f(x)\nb = g(a)": False, "a = f(x)\nc = h(b)\nb = g(a)": False}.items():
         released.cells[4].source = text
         assert bool(leaks(released, solution)) is leak, text
     assert leaks(released, ["    return q\n"]) == []

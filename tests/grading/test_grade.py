@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pefttools.grading.grade import GradeError, Result, collect, grade, recognise, table
+from pefttools.grading.nbgrader_config import paths
 
 
 
@@ -271,7 +272,8 @@ def test_other_exercises_than_in_the_gradebook_are_refused_clearly(graded, tmp_p
 
 
 def nbgrader(folder, *arguments):
-    done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **paths()})
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 
@@ -279,6 +281,7 @@ def nbgrader(folder, *arguments):
 @pytest.mark.nbgrader
 def test_nbgraders_release_gives_the_same_bytes_as_the_builder(graded):
     built = graded.released.read_bytes()
+    graded.released.unlink()
     nbgrader(graded.out, "generate_assignment", "01_tiny", "--force")
     assert graded.released.read_bytes() == built
 
@@ -301,7 +304,8 @@ def test_formgrader_shows_the_class(graded):
                f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=t"]
     log = graded.root / "server.log"
     with log.open("w") as file:
-        server = subprocess.Popen(command, cwd=graded.out, stdout=file, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, cwd=graded.out, stdout=file, stderr=subprocess.STDOUT,
+                                  env={**os.environ, **paths()})
     try:
         found = None
         for _ in range(120):

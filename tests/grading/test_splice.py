@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pefttools.grading.build import dumps
+from pefttools.grading.chapter import dumps
 from pefttools.grading.splice import BadSubmission, answer_names, check_name, identity, read_notebook, splice
 
 NAMES = ["tiny-double", "tiny-box", "tiny-total", "tiny-q-even"]

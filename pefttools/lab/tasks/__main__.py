@@ -13,7 +13,7 @@ from pefttools.lab.tasks.check import check
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pefttools.lab.tasks", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write the data files to {FOLDER.name}/")
-    parser.add_argument("--check", action="store_true", help="run every row's answer, and wrong ones, against its tests")
+    parser.add_argument("--check", action="store_true", help="run every answer, and wrong ones, against the tests")
     parser.add_argument("--show", type=int, metavar="N", default=0, help="print N rows of every kind")
     parser.add_argument("--kind", help="with --show: this kind only")
     parser.add_argument("--processes", type=int, default=None, help="for --check; default: one a core")

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from pefttools.lab.tasks import KINDS
 from pefttools.lab.tasks.core import Kind, Slots, draw_slots, row_of
@@ -32,10 +32,9 @@ def draw_rows(kind: Kind, split: str, count: int, seed: int = SEED) -> list[tupl
     """`count` different rows of one kind, each with its slots. Each kind has a random generator of its own, so that a
     new kind leaves the others' rows as they are."""
     rng = random.Random(f"{seed}/{split}/{kind.name}")
-    part = "train" if split == "train" else "held_out"
     rows: dict[tuple[str, str], tuple[Slots, dict]] = {}
     for _ in range(20 * count):
-        slots, wording = draw_slots(kind, rng, part, split)
+        slots, wording = draw_slots(kind, rng, split)
         row = row_of(kind, slots, wording)
         rows.setdefault((row["instruction"], row["input"]), (slots, row))
         if len(rows) == count:
@@ -81,48 +80,81 @@ def write(folder: Path = FOLDER, seed: int = SEED) -> dict:
 def card(splits: dict[str, list[dict]], seed: int) -> str:
     """The data card, every number in it counted from the rows."""
     families = sorted({row["family"] for rows in splits.values() for row in rows})
-    lines = ["---", "license: apache-2.0", "language: en", "tags: [code, python, synthetic]", "configs:",
-             "- config_name: default", "  data_files:"]
-    lines += [line for split in splits for line in (f"  - split: {split}", f"    path: {split}.jsonl.gz")]
-    lines += ["---", "", "# Small Python tasks", "",
-              "Instructions with the Python that answers them, and tests that tell whether an answer is right. The rows are",
-              "made by `pefttools/lab/tasks`; this file and its numbers too (`python -m pefttools.lab.tasks --write`,",
-              f"seed {seed}). The columns `instruction`, `input`, `output` and `text` are those of",
-              "`flytech/python-codes-25k`; no row comes from there.", "",
-              "| column | what it holds |", "|---|---|",
-              "| instruction | the task in words, with the names and constants the code must use |",
-              "| input | an example, or data the task refers to; often empty |",
-              "| output | the answer, a fenced block of Python |",
-              "| text | instruction, input (if any) and output, each on a line of its own |",
-              "| kind, family | the kind of task, and the family it belongs to |",
-              "| tests | pieces of Python that run after the answer, in the same namespace, each ending in an assertion |",
-              "", "## Splits", "",
-              "| split | rows | kinds | wordings | with input | tests a row | characters of text, median and largest |",
-              "|---|---|---|---|---|---|---|"]
-    for split, rows in splits.items():
-        kinds = kinds_of(split)
-        wordings = sum(len(kind.held_out) * (split != "train") + len(kind.wordings) * (split != "held_out")
-                       for kind in kinds)
-        lengths = [len(row["text"]) for row in rows]
-        lines.append(f"| {split} | {len(rows):,} | {len(kinds)} | {wordings} | {sum(bool(r['input']) for r in rows):,} | "
-                     f"{sum(len(row['tests']) for row in rows) / len(rows):.1f} | {median(lengths):.0f}, {max(lengths)} |")
-    lines += ["", "- **train**: for fine-tuning, shuffled.",
-              "- **held_out**: the kinds of train, with other wordings of the instruction (and other openings, such as",
-              "  \"Make a function\"), and other constants: no name of a function or class occurs in train, and the numbers,",
-              "  words, letters, fields and separators of a row are ones that its kind never has in train. (Choices, such",
-              "  as \"ascending\" or \"at least\", months and units are in both.) An answer copied from train, even with the",
-              "  right name put in, is wrong.",
-              "- **new_kinds**: kinds of task that are not in train at all.", "",
-              "In held_out and new_kinds the kinds take turns: the first n rows are a fair sample.", "",
-              "## Kinds", "", "| family | kind | train | held_out | new_kinds | an instruction |", "|---|---|---|---|---|---|"]
     counts = {split: Counter(row["kind"] for row in rows) for split, rows in splits.items()}
-    first = {row["kind"]: row for rows in splits.values() for row in reversed(rows)}
-    for family in families:
-        for kind in KINDS:
-            if kind.family == family:
-                shown = first[kind.name]["instruction"].replace("|", "\\|")
-                numbers = " | ".join(str(counts[split][kind.name] or "") for split in splits)
-                lines.append(f"| {family} | {kind.name} | {numbers} | {shown} |")
-    lines += ["", "## Licence", "", "Apache-2.0, as the rest of this repository. The rows are made by rules; they hold no",
-              "text of other people, and nothing about persons.", ""]
-    return "\n".join(lines)
+    first = {row["kind"]: row["instruction"] for rows in reversed(splits.values()) for row in reversed(rows)}
+    files = "\n".join(f"  - split: {split}\n    path: {split}.jsonl.gz" for split in splits)
+    sizes = "\n".join(f"| {split} | {len(rows):,} | {len(counts[split])} | {wordings_in(split)} | "
+                      f"{sum(bool(row['input']) for row in rows):,} | {mean(len(row['tests']) for row in rows):.1f} | "
+                      f"{median(len(row['text']) for row in rows):.0f}, {max(len(row['text']) for row in rows)} |"
+                      for split, rows in splits.items())
+    table = "\n".join(f"| {family} | {kind.name} | "
+                      f"{' | '.join(str(counts[split][kind.name] or '') for split in splits)} | "
+                      f"{first[kind.name].replace('|', BAR)} |"
+                      for family in families for kind in KINDS if kind.family == family)
+    return CARD.format(files=files, seed=seed, sizes=sizes, table=table, families=len(families))
+
+
+def wordings_in(split: str) -> int:
+    """How many wordings of the instruction the kinds of a split have there, openings not counted."""
+    parts = {"train": ("wordings",), "held_out": ("held_out",), "new_kinds": ("wordings", "held_out")}[split]
+    return sum(len(getattr(kind, part)) for kind in kinds_of(split) for part in parts)
+
+
+BAR = "\\|"
+CARD = """---
+license: apache-2.0
+language: en
+tags: [code, python, synthetic]
+configs:
+- config_name: default
+  data_files:
+{files}
+---
+
+# Small Python tasks
+
+Instructions with the Python that answers them, and tests that tell whether an answer is right. The rows are made by
+`pefttools/lab/tasks`, and so is this card with every number in it (`python -m pefttools.lab.tasks --write`, seed
+{seed}). The columns `instruction`, `input`, `output` and `text` are those of `flytech/python-codes-25k`; no row comes
+from there.
+
+| column | what it holds |
+|---|---|
+| instruction | the task in words, with the names and constants that the code must use |
+| input | an example, or data that the task refers to; empty in about half of the rows |
+| output | the answer, a fenced block of Python |
+| text | instruction, input (if any) and output, each on a line of its own |
+| kind, family | the kind of task, and the family (of {families}) it belongs to |
+| tests | Python to run after the answer and in its namespace, each piece ending in an assertion |
+
+Tests of the family `files` write and read in the current folder: run them in an empty one.
+
+## Splits
+
+| split | rows | kinds | wordings | rows with input | tests a row | characters of text: median, largest |
+|---|---|---|---|---|---|---|
+{sizes}
+
+- **train**: for fine-tuning, shuffled.
+- **held_out**: the kinds of train with other wordings of the instruction (and other openings, such as "Make a
+  function") and other constants: no function or class has a name that occurs in train, and the numbers, words, letters,
+  fields and separators of a row are ones that its kind never has in train. Choices ("ascending", "at least"), months,
+  units and names of arguments are in both. No answer of train passes, even with the right name put in.
+- **new_kinds**: kinds of task that are not in train at all.
+
+In held_out and new_kinds the kinds take turns, so that the first n rows are a fair sample.
+
+Every row's own output passes its tests; the same code with any one constant or choice changed, or with the constants of
+another row, does not (`--check` runs them all).
+
+## Kinds
+
+| family | kind | train | held_out | new_kinds | an instruction |
+|---|---|---|---|---|---|
+{table}
+
+## Licence
+
+Apache-2.0, as the rest of this repository. The rows are made by rules; they hold no text of other people, and nothing
+about persons.
+"""

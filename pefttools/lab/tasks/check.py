@@ -10,12 +10,15 @@ And each wording must say every slot of the code, so that the instruction determ
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
+from functools import cache
 from string import Template
 
 from pefttools.lab.tasks import KINDS
@@ -35,23 +38,33 @@ def code_of(output: str) -> str:
 
 
 def passes(code: str, tests: list[str]) -> bool:
-    """Whether the code passes the tests, in this process and a new current folder. For answers made here; what a model
-    writes is run elsewhere, in a process with limits."""
-    before = os.getcwd()
+    """Whether the code passes the tests, in this process and an empty current folder. For answers made here; what a
+    model writes is run elsewhere, in a process with limits."""
+    before, folder = os.getcwd(), scratch()
     signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            space: dict = {"__name__": "answer"}
-            for source in (code, *tests):
-                exec(compile(source, "<answer>", "exec", dont_inherit=True), space)
-        except Exception:
-            return False
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            os.chdir(before)
+    os.chdir(folder)
+    try:
+        space: dict = {"__name__": "answer"}
+        for source in (code, *tests):
+            exec(compile(source, "<answer>", "exec", dont_inherit=True), space)
+    except Exception:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.chdir(before)
+        if os.listdir(folder):
+            shutil.rmtree(folder)
+            scratch.cache_clear()
     return True
+
+
+@cache
+def scratch() -> str:
+    """An empty folder, for as long as nobody writes to it."""
+    folder = tempfile.mkdtemp(prefix="pefttools-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _stop(*_) -> None:
@@ -79,12 +92,12 @@ def unsaid(kind: Kind, slots: Slots) -> list[str]:
     return faults
 
 
-def mutants(kind: Kind, slots: Slots, part: str, rng: random.Random) -> dict[str, tuple[str, Slots]]:
+def mutants(kind: Kind, slots: Slots, split: str, rng: random.Random) -> dict[str, tuple[str, Slots]]:
     """Wrong answers: what was changed → code, and the slots it would be right for."""
     right = fill(kind.code, slots)
     made = {}
     needed = slots_in(kind.code, slots) - {"name"}
-    others = [Slots(kind.draw(Draw(rng, part, kind.name))) for _ in range(6)]
+    others = [Slots(kind.draw(Draw(rng, split, kind.name))) for _ in range(6)]
     for slot in sorted(needed):
         values = [other[slot] for other in others]
         if isinstance(slots[slot], int):
@@ -115,14 +128,14 @@ def check_kind(task: tuple[str, int]) -> dict:
     for split, count in ROWS_PER_KIND.items():
         if kind not in kinds_of(split):
             continue
-        part, rng = "train" if split == "train" else "held_out", random.Random(f"{seed}/mutants/{kind.name}")
+        rng = random.Random(f"{seed}/mutants/{kind.name}")
         for slots, row in draw_rows(kind, split, count, seed):
             code = code_of(row["output"])
             found["rows"] += 1
             found["faults"] += unsaid(kind, slots)
             if not passes(code, row["tests"]):
                 found["faults"].append(f"{name}: its own output fails: {row['instruction']!r}")
-            for what, (wrong, changed) in mutants(kind, slots, part, rng).items():
+            for what, (wrong, changed) in mutants(kind, slots, split, rng).items():
                 found["mutants"] += 1
                 if passes(wrong, row["tests"]) and not same_task(kind, code, changed):
                     found["faults"].append(f"{name}: {what} passes for {row['instruction']!r}")
@@ -132,7 +145,7 @@ def check_kind(task: tuple[str, int]) -> dict:
                 for old, other in answers:
                     found["copies"] += 1
                     if passes(other.replace(old, slots["name"]), row["tests"]):
-                        found["faults"].append(f"{name}: an answer of train, renamed, passes for {row['instruction']!r}")
+                        found["faults"].append(f"{name}: a renamed answer of train passes for {row['instruction']!r}")
     found["faults"] = sorted(set(found["faults"]))
     return found
 

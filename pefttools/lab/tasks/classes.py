@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pefttools.lab.tasks.core import Draw, Kind
-
-
-def methods(d: Draw, *verbs: str) -> str:
-    return d.one(*verbs)
+from pefttools.lab.tasks.core import Kind
 
 
 KINDS = [
@@ -24,7 +20,7 @@ KINDS = [
             "$make that is made from these fields and keeps both.",
             "The constructor of class `$name` takes these fields and stores them.",
         ),
-        draw=lambda d: dict(name=d.class_name(), **dict(zip(("a", "b"), d.fields(2)))),
+        draw=lambda d: dict(name=d.class_name(), **d.fields("a", "b")),
         code="class $name:\n    def __init__(self, $a, $b):\n        self.$a = $a\n        self.$b = $b",
         tests=lambda s: [f"assert {s.name}(1, 'x').{s.a} == 1", f"assert {s.name}(1, 'x').{s.b} == 'x'",
                          f"assert {s.name}({s.b}=5, {s.a}=6).{s.a} == 6"],
@@ -45,11 +41,12 @@ KINDS = [
             "The class `$name` starts with `$field` $start; calling `$method()` adds $n to it.",
         ),
         draw=lambda d: dict(name=d.class_name(), field=d.field(), start=d.number(0, 60), n=d.number(2, 60),
-                            method=d.one("add", "push", "step", "move", "grow", "next", "run", "update", "tick", "bump")),
+                            method=d.one("add", "push", "step", "move", "grow", "next", "run", "update", "tick")),
         code="class $name:\n    def __init__(self):\n        self.$field = $start\n\n"
              "    def $method(self):\n        self.$field += $n",
         tests=lambda s: [f"assert {s.name}().{s.field} == {s.start}",
-                         f"_o = {s.name}()\n_o.{s.method}()\n_o.{s.method}()\nassert _o.{s.field} == {s.start + 2 * s.n}"],
+                         f"_it = {s.name}()\n_it.{s.method}()\n_it.{s.method}()\n"
+                         f"assert _it.{s.field} == {s.start + 2 * s.n}"],
     ),
     Kind(
         "dataclass_default", "classes",
@@ -65,9 +62,10 @@ KINDS = [
             "Please write a dataclass `$name` of text `$a` and number `$b`, by default $n.",
             "Give me a dataclass `$name`: a text `$a` and a number `$b` ($n if not given).",
         ),
-        draw=lambda d: dict(name=d.class_name(), n=d.number(2, 300), **dict(zip(("a", "b"), d.fields(2)))),
+        draw=lambda d: dict(name=d.class_name(), n=d.number(2, 300), **d.fields("a", "b")),
         code="from dataclasses import dataclass\n\n@dataclass\nclass $name:\n    $a: str\n    $b: int = $n",
-        tests=lambda s: [f"assert {s.name}('x').{s.b} == {s.n}", f"assert {s.name}('x', 5) == {s.name}({s.a}='x', {s.b}=5)",
+        tests=lambda s: [f"assert {s.name}('x').{s.b} == {s.n}",
+                         f"assert {s.name}('x', 5) == {s.name}({s.a}='x', {s.b}=5)",
                          f"assert {s.name}('y', 7).{s.a} == 'y'"],
     ),
     Kind(
@@ -110,22 +108,23 @@ KINDS = [
         draw=lambda d: dict(name=d.class_name(), a=d.field(), word=d.word() + d.one("", " ", ": ", "=", "-")),
         code="class $name:\n    def __init__(self, $a):\n        self.$a = $a\n\n"
              "    def __str__(self):\n        return f'$word{self.$a}'",
-        tests=lambda s: [f"assert str({s.name}(5)) == {s.word + '5'!r}", f"assert str({s.name}('x y')) == {s.word + 'x y'!r}",
+        tests=lambda s: [f"assert str({s.name}(5)) == {s.word + '5'!r}",
+                         f"assert str({s.name}('x y')) == {s.word + 'x y'!r}",
                          f"assert {s.name}({s.a}=3).{s.a} == 3"],
         new=True,
     ),
     Kind(
         "error_class", "classes",
         wordings=(
-            "Write an error class `$name`, a `$base`, with `$field` = $n.",
+            "Write an error class `$name` based on `$base`, with `$field` = $n.",
             "Define an exception `$name` based on `$base` with `$field` set to $n.",
             "Create a `$base` subclass `$name` whose `$field` is $n.",
-            "I need an error `$name` that is a `$base` and has `$field` $n.",
+            "I need an error `$name` derived from `$base` that has `$field` $n.",
             "Write a subclass `$name` of `$base` with a class attribute `$field` of $n.",
             "Write `$name`, an exception that extends `$base` and has `$field` = $n.",
         ),
         held_out=(
-            "Please write an exception `$name` that is a `$base`, with `$field` = $n.",
+            "Please write an exception `$name` that is based on `$base`, with `$field` = $n.",
             "Give me a subclass of `$base`, called `$name`, whose `$field` is $n.",
         ),
         draw=lambda d: dict(name=d.class_name() + "Error", field=d.field(), n=d.number(2, 300),
@@ -149,9 +148,10 @@ KINDS = [
         ),
         draw=lambda d: dict(name=d.class_name(), n=d.number(2, 300), limit=d.field(),
                             method=d.one("check", "allows", "accepts", "test", "fits", "match", "valid"),
-                            **d.pick("op", {">": ("more than", "over", "above"), "<": ("less than", "below", "under")})),
+                            **d.pick("op", {">": ("more than", "over", "above"), "<": ("less than", "below")})),
         code="class $name:\n    $limit = $n\n\n    def $method(self, x):\n        return x $op self.$limit",
-        tests=lambda s: [f"assert {s.name}().{s.method}({s.n + k}) is {k > 0 if s.op == '>' else k < 0}" for k in (-1, 0, 1)]
+        tests=lambda s: [f"assert {s.name}().{s.method}({s.n + k}) is {k > 0 if s.op == '>' else k < 0}"
+                         for k in (-1, 0, 1)]
         + [f"assert {s.name}.{s.limit} == {s.n}"],
         new=True,
     ),
@@ -162,7 +162,7 @@ KINDS = [
             "Define `$name` as a named tuple of `$a` and `$b`.",
         ),
         held_out=("Please write `$name`, a named tuple that has `$a` and `$b`.",),
-        draw=lambda d: dict(name=d.class_name(), **dict(zip(("a", "b"), d.fields(2)))),
+        draw=lambda d: dict(name=d.class_name(), **d.fields("a", "b")),
         code="from collections import namedtuple\n\n$name = namedtuple('$name', ['$a', '$b'])",
         tests=lambda s: [f"assert {s.name}(1, 2) == (1, 2)", f"assert {s.name}({s.b}=3, {s.a}=4) == (4, 3)",
                          f"assert {s.name}(5, 6).{s.b} == 6"],

@@ -7,7 +7,7 @@ instruction, a template of the code, and a way to draw the constants ("slots") t
     code      "def $name(values): return [x for x in values if x $op $n]"      op = ">"
 
 Slots are written `$slot` (`string.Template`, so that braces stay Python's). A slot called `x_said` is the phrase that
-says slot `x` in words; every slot of the code must be said by every wording, and `pefttools.lab.tasks --check` sees to it.
+says slot `x` in words; every slot of the code must be said by every wording (`--check` sees to it).
 
 Two things are held out, for the split called "held_out": whole wordings (`Kind.held_out`, `OPENINGS["held_out"]`), and
 constants. `Draw` gives a part of its own to "train" and to "held_out": names of functions and classes are divided over
@@ -41,11 +41,13 @@ OPENINGS = {
         "make": ("Please write a class `$name`", "Make a class `$name`", "Give me a class `$name`"),
     },
 }
+OPENINGS["new_kinds"] = {opening: phrases + OPENINGS["held_out"][opening]
+                         for opening, phrases in OPENINGS["train"].items()}
 
 COMPARE = {">": ("more than", "greater than", "over", "above"), ">=": ("at least", "not less than"),
            "<": ("less than", "below", "under"), "<=": ("at most", "not more than")}
-COMPARE_LENGTH = {">": ("longer than", "of more than"), ">=": ("of at least",),
-                  "<": ("shorter than", "of less than"), "<=": ("of at most",)}
+COMPARE_LENGTH = {">": ("longer than", "of more than"), "<": ("shorter than", "of less than")}
+"""Of lengths only these two: among whole numbers "at least 5" would be the same as "more than 4"."""
 
 
 def holds(op: str, a: Any, b: Any) -> bool:
@@ -78,7 +80,7 @@ class Kind:
     setup: what has to run before each test (imports for the test alone, under names that no answer uses).
     head: how an opening shows the function: `$name`, or the signature, `$name($arg)`.
     keywords: slots with the arguments' names; the first call is then made with keywords.
-    example: template of, or function for, the column `input` (empty: no input).
+    example: template of the column `input`, or a function of the slots that returns one (empty: no input).
     new: never in training: this kind belongs to the split "new_kinds".
     """
 
@@ -99,7 +101,8 @@ class Kind:
 
 
 class Draw:
-    """Draws constants for one row of `kind` from the part "train" or "held_out" of each vocabulary."""
+    """Draws constants for one row of `kind` from the part of each vocabulary that a split ("train", "held_out" or
+    "new_kinds") may use. Kinds that are not in train may use all of it; no name of train, though."""
 
     def __init__(self, rng: random.Random, part: str, kind: str):
         if part not in OPENINGS:
@@ -108,6 +111,8 @@ class Draw:
 
     def mine(self, values: Sequence) -> list:
         """The values of this part: of every five, four are for training and one is held out (at least one)."""
+        if self.part == "new_kinds":
+            return list(values)
         order = sorted(values, key=lambda value: zlib.crc32(f"{self.kind}/{value}".encode()))
         held = max(1, len(order) // HELD_OUT_SHARE)
         return order[:held] if self.part == "held_out" else order[held:]
@@ -115,6 +120,10 @@ class Draw:
     def several(self, count: int, values: Sequence) -> list:
         """`count` different values of this part."""
         return self.rng.sample(self.mine(values), count)
+
+    def distinct(self, slots: Sequence[str], values: Sequence) -> dict[str, Any]:
+        """A value for each slot, no two the same."""
+        return dict(zip(slots, self.several(len(slots), values), strict=True))
 
     def one(self, *values: Any) -> Any:
         """Any of the values; nothing is held out."""
@@ -124,33 +133,31 @@ class Draw:
         """A number from low to high, both included."""
         return self.rng.choice(self.mine(range(low, high + 1)))
 
-    def numbers(self, count: int, low: int, high: int) -> list[int]:
-        """Different numbers, ascending."""
-        return sorted(self.several(count, range(low, high + 1)))
+    def numbers(self, slots: Sequence[str], low: int, high: int) -> dict[str, int]:
+        """A number for each slot, in ascending order."""
+        return dict(zip(slots, sorted(self.several(len(slots), range(low, high + 1))), strict=True))
 
     def word(self) -> str:
         return self.rng.choice(self.mine(vocabulary.WORDS))
 
-    def words(self, count: int) -> list[str]:
-        return self.several(count, vocabulary.WORDS)
+    def words(self, *slots: str) -> dict[str, str]:
+        return self.distinct(slots, vocabulary.WORDS)
 
     def field(self) -> str:
         return self.rng.choice(self.mine(vocabulary.FIELDS))
 
-    def fields(self, count: int) -> list[str]:
-        return self.several(count, vocabulary.FIELDS)
+    def fields(self, *slots: str) -> dict[str, str]:
+        return self.distinct(slots, vocabulary.FIELDS)
 
-    def letter(self) -> str:
-        return self.rng.choice(self.mine(vocabulary.LETTERS))
-
-    def letters(self, count: int) -> list[str]:
-        return self.several(count, vocabulary.LETTERS)
+    def letters(self, count: int) -> str:
+        """Different letters, as one text."""
+        return "".join(self.several(count, vocabulary.LETTERS))
 
     def separator(self) -> str:
         return self.rng.choice(self.mine(vocabulary.SEPARATORS))
 
-    def separators(self, count: int) -> list[str]:
-        return self.several(count, vocabulary.SEPARATORS)
+    def separators(self, *slots: str) -> dict[str, str]:
+        return self.distinct(slots, vocabulary.SEPARATORS)
 
     def name(self, *verbs: str) -> str:
         """A function's name, `verb_noun` or `verb_noun_noun`: "count_box", "find_user_page"."""
@@ -167,7 +174,7 @@ class Draw:
         while True:
             name = draw()
             held_out = zlib.crc32(name.encode()) % HELD_OUT_SHARE == 0
-            if held_out == (self.part == "held_out"):
+            if held_out == (self.part != "train"):
                 return name
 
     def pick(self, slot: str, table: dict[Any, str | Sequence[str]]) -> dict[str, Any]:
@@ -210,11 +217,11 @@ def tests_of(kind: Kind, slots: Slots) -> list[str]:
     return [f"{kind.setup}\n{line}" if kind.setup else line for line in lines]
 
 
-def draw_slots(kind: Kind, rng: random.Random, part: str, split: str) -> tuple[Slots, str]:
-    """Slots and the wording for one row."""
-    slots = Slots(kind.draw(Draw(rng, part, kind.name)))
+def draw_slots(kind: Kind, rng: random.Random, split: str) -> tuple[Slots, str]:
+    """Slots and the wording for one row of a split."""
+    slots = Slots(kind.draw(Draw(rng, split, kind.name)))
     slots["head"] = fill(kind.head, slots)
-    for opening, phrases in OPENINGS[part].items():
+    for opening, phrases in OPENINGS[split].items():
         slots[opening] = fill(rng.choice(phrases), slots)
     wordings = {"train": kind.wordings, "held_out": kind.held_out, "new_kinds": (*kind.wordings, *kind.held_out)}[split]
     return slots, rng.choice(wordings)
@@ -223,7 +230,7 @@ def draw_slots(kind: Kind, rng: random.Random, part: str, split: str) -> tuple[S
 def row_of(kind: Kind, slots: Slots, wording: str) -> dict[str, Any]:
     """The row: instruction, input, output, text, kind, family, tests."""
     instruction = fill(wording, slots)
-    given = kind.example(slots) if callable(kind.example) else fill(kind.example, slots)
+    given = fill(kind.example(slots) if callable(kind.example) else kind.example, slots)
     output = f"```python\n{fill(kind.code, slots)}\n```"
     text = instruction + "\n" + (given + "\n" if given else "") + output
     return {"instruction": instruction, "input": given, "output": output, "text": text, "kind": kind.name,

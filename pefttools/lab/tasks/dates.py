@@ -27,14 +27,32 @@ def equal(name: str, value: dt.date, right: Any, argument: str = "") -> str:
 
 
 def date_slots(d: Draw) -> dict:
-    """A date and its three ways to be said; the day is what may be held out."""
+    """A date, and one of three ways to say it; of its parts the day is held out."""
     day = dt.date(d.rng.randrange(1990, 2031), d.rng.randrange(1, 13), d.number(1, 28))
-    said = d.one(day.isoformat(), f"{MONTHS[day.month]} {day.day}, {day.year}", f"{day.day} {MONTHS[day.month]} {day.year}")
+    month = MONTHS[day.month]
+    said = d.one(day.isoformat(), f"{month} {day.day}, {day.year}", f"{day.day} {month} {day.year}")
     return dict(date=f"{day.year}, {day.month}, {day.day}", date_said=said)
 
 
 def day_of(s: dict) -> dt.date:
     return dt.date(*map(int, s["date"].split(",")))
+
+
+def as_text(day: dt.date, s: dict) -> str:
+    """The date as the slots `order` and `sep` want it."""
+    parts = {"%d": f"{day.day:02}", "%m": f"{day.month:02}", "%Y": str(day.year)}
+    return s["sep"].join(parts[part] for part in s["order"].split("$sep"))
+
+
+def weekday_tests(s: dict) -> list[str]:
+    """The weekday itself and the day after it, in years up to the slot `year` and later."""
+    tests = []
+    for year, shift in ((s["year"] + 1, 0), (s["year"], 0), (s["year"] + 3, 1), (s["year"] - 1, 0), (s["year"] + 9, 0)):
+        day = dt.date(year, 5, 1)
+        day += dt.timedelta((s["weekday"] - day.weekday()) % 7 + shift)
+        right = day.strftime("%A") == s["weekday_said"] and day.year - s["year"] >= 1
+        tests.append(f"assert {s['name']}({source(day)}) is {right}")
+    return tests
 
 
 KINDS = [
@@ -77,11 +95,11 @@ KINDS = [
             "$write that shows $order_said of a date with '$sep' between.",
             "As $order_said, joined by '$sep', `$name` should format a date.",
         ),
-        draw=lambda d: dict(name=d.name("format", "show", "print", "write"), sep=d.separator(), **d.pick("order", ORDERS)),
+        draw=lambda d: dict(name=d.name("format", "show", "print", "write"), sep=d.separator(),
+                            **d.pick("order", ORDERS)),
         code="def $name(day):\n    return day.strftime('$order')",
         setup=SETUP,
-        tests=lambda s: [equal(s.name, day, s.sep.join({"d": f"{day.day:02}", "m": f"{day.month:02}", "Y": str(day.year)}[
-            part[1]] for part in s.order.split("$sep"))) for day in (dt.date(2024, 3, 17), dt.date(1998, 11, 5))],
+        tests=lambda s: [equal(s.name, day, as_text(day, s)) for day in (dt.date(2024, 3, 17), dt.date(1998, 11, 5))],
     ),
     Kind(
         "month_day", "dates",
@@ -97,7 +115,8 @@ KINDS = [
             "$write that takes a year and returns $month_said $day in it as a date.",
             "For a year, `$name` returns the date of $month_said $day.",
         ),
-        draw=lambda d: dict(name=d.name("get", "make", "find", "build"), day=d.number(1, 28), **d.pick("month", MONTHS)),
+        draw=lambda d: dict(name=d.name("get", "make", "find", "build"), day=d.number(1, 28),
+                            **d.pick("month", MONTHS)),
         code="from datetime import date\n\ndef $name(year):\n    return date(year, $month, $day)",
         setup=SETUP,
         tests=lambda s: [f"assert {s.name}({year}) == _dt.date({year}, {s.month}, {s.day})" for year in (2024, 1987)],
@@ -142,10 +161,7 @@ KINDS = [
                             **d.pick("weekday", WEEKDAYS)),
         code="def $name(day):\n    return day.weekday() == $weekday and day.year > $year",
         setup=SETUP,
-        tests=lambda s: [f"assert {s.name}({source(day)}) is {day.strftime('%A') == s.weekday_said and day.year - s.year >= 1}"
-                         for year, shift in ((s.year + 1, 0), (s.year, 0), (s.year + 3, 1), (s.year - 1, 0), (s.year + 9, 0))
-                         for day in [dt.date(year, 5, 1) + dt.timedelta(
-                             (s.weekday - dt.date(year, 5, 1).weekday()) % 7 + shift)]],
+        tests=weekday_tests,
     ),
     Kind(
         "date_before", "dates",
@@ -202,8 +218,8 @@ KINDS = [
                             **d.pick("order", dict(list(ORDERS.items())[:3]))),
         code="from datetime import datetime\n\ndef $name(text):\n    return datetime.strptime(text, '$order')",
         setup=SETUP,
-        tests=lambda s: [f"assert {s.name}({s.sep.join({'d': f'{t.day:02}', 'm': f'{t.month:02}', 'Y': str(t.year)}[p[1]] for p in s.order.split('$sep'))!r}) == {source(t)}"
-                         for t in (dt.datetime(2024, 3, 7), dt.datetime(1998, 11, 5))],
+        tests=lambda s: [f"assert {s.name}({as_text(time, s)!r}) == {source(time)}"
+                         for time in (dt.datetime(2024, 3, 7), dt.datetime(1998, 11, 5))],
         new=True,
     ),
 ]

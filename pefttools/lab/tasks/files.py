@@ -1,4 +1,4 @@
-"""Files: read, write, list. The tests write what they read, in the current folder, which the runner makes a fresh one."""
+"""Files: read, write, list. The tests write what they read, in the current folder, which should be a fresh one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ PATHS = "from pathlib import Path as _Path"
 def reads(name: str, content: str, right: object) -> str:
     """A test: write `content` to a file, then `name(path)` must return `right`."""
     return f"_Path('sample.txt').write_text({content!r})\nassert {name}('sample.txt') == {right!r}"
+
+
+def list_tests(s: dict) -> list[str]:
+    """A folder with three files that count and two that do not, and an empty folder."""
+    names = [f"{letter}.{s['suffix']}" for letter in "bac"]
+    right = sorted(names, reverse=bool(s["order"]))
+    return [f"_Path('box').mkdir(exist_ok=True)\n"
+            f"for _n in {[*names, 'd.x', s['suffix'] + '.y']}:\n    (_Path('box') / _n).touch()\n"
+            f"assert {s['name']}({s['arg']}='box') == {right}",
+            f"_Path('none').mkdir(exist_ok=True)\nassert {s['name']}('none') == []"]
 
 
 KINDS = [
@@ -35,7 +45,7 @@ KINDS = [
         tests=lambda s: [reads(s.name, content, sum((s.word in line) == (s.keep == "in")
                                                     for line in content.splitlines()))
                          for content in (f"a {s.word}\nb\n{s.word} {s.word}\n{s.word}s\nend\n\nx\n", "",
-                                         f"{s.word[:-1]}\n{s.word}")],
+                                         f"{s.word[:-1]}\n{s.word[1:]}\n{s.word}")],
         example="path = 'log.txt'",
     ),
     Kind(
@@ -102,7 +112,8 @@ KINDS = [
             "From a JSON file, `$name(path)` returns the '$key' plus $n.",
         ),
         draw=lambda d: dict(name=d.name("load", "read", "get", "find"), key=d.field(), n=d.number(2, 300)),
-        code="import json\n\ndef $name(path):\n    with open(path) as file:\n        return json.load(file)['$key'] + $n",
+        code="import json\n\ndef $name(path):\n    with open(path) as file:\n"
+             "        return json.load(file)['$key'] + $n",
         setup=PATHS,
         tests=lambda s: [reads(s.name, f'{{"{s.key}": {value}, "x": 1}}', value + s.n) for value in (5, -3, 0)],
         new=True,
@@ -150,12 +161,7 @@ KINDS = [
         code="from pathlib import Path\n\ndef $name($arg):\n"
              "    return sorted((p.name for p in Path($arg).glob('*.$suffix'))$order)",
         setup=PATHS,
-        tests=lambda s: [
-            f"_Path('box').mkdir(exist_ok=True)\n"
-            f"for _n in ({names}):\n    (_Path('box') / _n).touch()\n"
-            f"assert {s.name}({given}'box') == {sorted((f'a.{s.suffix}', f'c.{s.suffix}', f'b.{s.suffix}'), reverse=bool(s.order))!r}"
-            for names, given in ((f"'b.{s.suffix}', 'a.{s.suffix}', 'c.{s.suffix}', 'd.x', '{s.suffix}.y'", f"{s.arg}="),)
-        ] + [f"_Path('none').mkdir(exist_ok=True)\nassert {s.name}('none') == []"],
+        tests=list_tests,
     ),
     Kind(
         "csv_column", "files",

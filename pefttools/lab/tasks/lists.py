@@ -5,6 +5,12 @@ from __future__ import annotations
 from pefttools.lab.tasks.core import COMPARE, Kind, holds
 from pefttools.lab.tasks.words import NUMBER_WORDS
 
+def nth(k: int) -> dict:
+    """A number, and how it is said of items: 3 and "3rd"."""
+    ending = "th" if k % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(k % 10, "th")
+    return dict(k=k, k_said=f"{k}{ending}")
+
+
 KINDS = [
     Kind(
         "filter_values", "lists",
@@ -25,29 +31,29 @@ KINDS = [
         head="$name($arg)",
         keywords=("arg",),
         code="def $name($arg):\n    return [x for x in $arg if x $op $n]",
-        calls=lambda s: [([s.n, s.n + 1, s.n - 1, 0, 999],), ([],), ([s.n + 1, -s.n, s.n],)],
+        calls=lambda s: [([s.n, s.n + 1, s.n - 1, 0, 999],), ([],), ([s.n - 0.5, -s.n, s.n + 0.5],)],
         answer=lambda s, values: list(filter(lambda x: holds(s.op, x, s.n), values)),
         example=lambda s: f"[{s.n - 1}, {s.n}, {s.n + 1}]",
     ),
     Kind(
         "map_values", "lists",
         wordings=(
-            "$write that $act_said $n for each item of a list.",
-            "$write that returns a new list; it $act_said $n for every number.",
-            "`$name` takes a list of numbers and $act_said $n for each.",
-            "$write: for each number of a list it $act_said $n.",
-            "A function `$name` $act_said $n for all numbers in a list. Write it.",
-            "$write; it $act_said $n for each value and returns the list.",
+            "$write that returns each item of a list $act_said $n.",
+            "$write that makes a new list: every number $act_said $n.",
+            "`$name` should return a list of all items $act_said $n.",
+            "$write: for each number of a list, that number $act_said $n.",
+            "Return a list of each number $act_said $n. Call it `$name`.",
+            "$write to get every value of a list $act_said $n.",
         ),
         held_out=(
-            "$write that $act_said $n for all values of a list.",
-            "For every item of a list, `$name` $act_said $n.",
+            "$write that takes a list and gives each value $act_said $n.",
+            "For every item of a list, `$name` returns it $act_said $n.",
         ),
         draw=lambda d: dict(name=d.name("scale", "shift", "change", "map"), n=d.number(2, 300),
-                            **d.pick("act", {"*": "multiplies by", "+": ("adds", "puts on"),
-                                             "-": ("subtracts", "takes off"), "//": "divides (whole numbers) by"})),
+                            **d.pick("act", {"*": ("times", "multiplied by"), "+": "plus",
+                                             "-": "minus", "//": "divided (rounded down) by"})),
         code="def $name(values):\n    return [x $act $n for x in values]",
-        calls=lambda s: [([1, 0, 1000],), ([],), ([s.n * 4 + 1, -3],)],
+        calls=lambda s: [([1, 0, 1000],), ([],), ([s.n * s.n, -3],)],
         answer=lambda s, values: list(map(lambda x: {"*": x * s.n, "+": x + s.n, "-": x - s.n,
                                                      "//": x // s.n}[s.act], values)),
         example=lambda s: f"[1, {len(s.name)}]",
@@ -81,20 +87,22 @@ KINDS = [
     Kind(
         "take_every", "lists",
         wordings=(
-            "$write that returns every $k. item of a list, starting at index $start.",
-            "$write that takes each $k. item of a list from index $start on.",
-            "`$name` should return every $k. item, from index $start on.",
-            "$write: from index $start, every $k. item of a list.",
-            "Take every $k. item of a list from index $start. Call it `$name`.",
-            "$write to get each $k. item, beginning with index $start.",
+            "$write that returns every $k_said item of a list, starting at index $start.",
+            "$write that takes each $k_said item of a list from index $start on.",
+            "`$name` should return every $k_said item, from index $start on.",
+            "$write: from index $start, every $k_said item of a list.",
+            "Take every $k_said item of a list from index $start. Call it `$name`.",
+            "$write to get each $k_said item, beginning with index $start.",
         ),
         held_out=(
-            "$write that starts at index $start and takes every $k. item of a list.",
-            "From index $start on, `$name` returns each $k. item of a list.",
+            "$write that starts at index $start and takes every $k_said item of a list.",
+            "From index $start on, `$name` returns each $k_said item of a list.",
         ),
-        draw=lambda d: dict(name=d.name("take", "pick", "sample", "get"), k=d.number(2, 40), start=d.number(1, 40)),
+        draw=lambda d: dict(name=d.name("take", "pick", "sample", "get"), start=d.number(1, 40),
+                            **nth(d.number(2, 40))),
         code="def $name(items):\n    return items[$start::$k]",
-        calls=lambda s: [(list(range(s.start + s.k * 2 + 1)),), ([],), (["a"] * s.start + ["b"] * (s.k - 1) + ["c", "d"],)],
+        calls=lambda s: [(list(range(s.start + s.k * 2 + 1)),), ([],),
+                         (["a"] * s.start + ["b"] * (s.k - 1) + ["c", "d"],)],
         answer=lambda s, items: [x for i, x in enumerate(items) if i >= s.start and (i - s.start) % s.k == 0],
         example=lambda s: f"[0, 1, 2, ..., {len(s.name) * 7}]",
     ),
@@ -138,7 +146,7 @@ KINDS = [
             "`$name` takes a list and puts $new where $old was.",
         ),
         draw=lambda d: dict(name=d.name("replace", "change", "swap", "fix"),
-                            **dict(zip(("old", "new"), d.several(2, range(1, 300))))),
+                            **d.distinct(("old", "new"), range(1, 300))),
         code="def $name(values):\n    return [$new if x == $old else x for x in values]",
         calls=lambda s: [([s.old, 1000, s.old, s.new],), ([],), ([s.old + 1, s.old - 1, s.old],)],
         answer=lambda s, values: list(map({s.old: s.new}.get, values, values)),
@@ -269,7 +277,7 @@ KINDS = [
         draw=lambda d: dict(name=d.name("is", "has", "check", "test"), n=d.number(2, 300),
                             **d.pick("which", {"all": "all", "any": ("any", "some")}), **d.pick("op", COMPARE)),
         code="def $name(values):\n    return $which(x $op $n for x in values)",
-        calls=lambda s: [([s.n, s.n],), ([s.n + 1],), ([s.n - 1],), ([s.n + 5, s.n - 5],), ([],)],
+        calls=lambda s: [([s.n, s.n],), ([s.n + 0.5],), ([s.n - 0.5],), ([s.n + 5, s.n - 5],), ([],)],
         answer=lambda s, values: (len(values) == sum(holds(s.op, x, s.n) for x in values)) if s.which == "all" else
         sum(holds(s.op, x, s.n) for x in values) > 0,
         example=lambda s: f"[{s.n - 1}, {s.n}]",
@@ -283,7 +291,8 @@ KINDS = [
         held_out=("$write that returns the number of items in a list divisible by $k.",),
         draw=lambda d: dict(name=d.name("count", "tally", "number"), k=d.number(2, 60)),
         code="def $name(values):\n    return sum(1 for x in values if x % $k == 0)",
-        calls=lambda s: [([s.k, s.k * 3, s.k + 1, 1],), ([],), ([s.k - 1, s.k * 2],)],
+        calls=lambda s: [([s.k, s.k * 3, s.k + 1, 1],), ([],), ([s.k - 1, s.k * 2],),
+                         ([s.k // p for p in (2, 3, 5, 7)],)],
         answer=lambda s, values: len([x for x in values if not x % s.k]),
         new=True,
     ),

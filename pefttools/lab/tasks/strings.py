@@ -63,7 +63,7 @@ KINDS = [
             "In `$arg`, change the first word to the second: write `$head`.",
         ),
         draw=lambda d: dict(name=d.name("replace", "change", "swap", "fix"), arg=d.one("text", "line", "value", "name"),
-                            **dict(zip(("old", "new"), d.words(2)))),
+                            **d.words("old", "new")),
         head="$name($arg)",
         keywords=("arg",),
         code="def $name($arg):\n    return $arg.replace('$old', '$new')",
@@ -204,7 +204,7 @@ KINDS = [
         calls=lambda s: [(s.sep.join(("ab", "c d", "ef", "g", "hi", "jk", "l")),),
                          (s.sep.join(("q,r", "s t", "u", "vw", "x", "")),)],
         answer=lambda s, text: [part for part in text.replace(s.sep, "\n").split("\n")][s.place],
-        example="'ab${sep}cd${sep}ef'",
+        example="'a${sep}b${sep}c${sep}d${sep}e'",
     ),
     Kind(
         "count_text", "strings",
