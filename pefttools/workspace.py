@@ -147,7 +147,7 @@ def carried(submitted: Any, pristine: Any, previous: Any) -> tuple[bytes, str]:
 
     previous: the version that the reader's file was made from, or None where that is not known.
     """
-    from pefttools.grading.build import dumps
+    from pefttools.grading.chapter import dumps
     from pefttools.grading.splice import splice
 
     merged, _ = splice(pristine, submitted, previous)

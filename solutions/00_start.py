@@ -304,14 +304,21 @@ display(Markdown(f"The bundled Llama has **{total:,} parameters**. All {trainabl
 # In PyTorch a parameter is frozen when its `requires_grad` is False. No gradient is computed for it then, and an
 # optimizer leaves it alone. The usual way to work is: switch everything off, then switch on what should train.
 #
-# One trap waits in the names. Parameters have paths such as `layers.0.attn.q_proj.weight`, and people like to pick them
-# by looking for a word anywhere in the path. Then `"norm"` also picks `prenorm`, and `"proj"` picks every
-# projection there is. The `peft` library compares *whole parts* between the dots, and so will you.
+# Which parameters are meant is said by name. Each has a path through the model:
+
+# %%
+for path, p in list(model.named_parameters())[:11]:
+    print(f"{path:50} {tuple(p.shape)}")
+
+# %% [markdown]
+# One trap waits in the names: people like to look for a word *anywhere* in the path. Then `"norm"` also picks
+# `input_layernorm`, and `"proj"` picks every projection there is. The `peft` library compares *whole parts* between the
+# dots, and so will you.
 
 # %% [markdown] exercise="freeze"
 # Write `freeze_except(model, names)`. After the call, a parameter trains if **one of the parts** of its path, split at
 # the dots, is in the list `names`; every other parameter is frozen. Change the model that is handed in; you need not
-# return anything.
+# return anything. In the small model that the check uses:
 #
 # | `names` | trains | does not |
 # |---|---|---|

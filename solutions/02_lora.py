@@ -21,6 +21,7 @@ import copy
 import inspect
 import math
 import random
+import statistics
 import time
 
 import torch
@@ -276,6 +277,12 @@ gpt3_one = lora_count(attention(96, **gpt3), 8, ["q_proj"])
 gpt3_two = lora_count(attention(96, **gpt3), 4, ["q_proj", "v_proj"])
 opt_qv = lora_count(attention(32, **square_7b), 16, ["q_proj", "v_proj"])
 
+from transformers import OPTConfig, OPTForCausalLM
+
+with torch.device("meta"):      # the model that 003's code loads its tokenizer from, as a skeleton
+    opt = OPTForCausalLM(OPTConfig(hidden_size=4096, word_embed_proj_dim=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32))
+opt_total = sum(p.numel() for p in opt.parameters()) + opt_qv
+
 display(Markdown(f"""
 | source | model | LoRA on | $r$ | it says | counted |
 |---|---|---|---|---|---|
@@ -283,7 +290,7 @@ display(Markdown(f"""
 | 001, problem 1 | one matrix 1024 × 4096 | it | 16 | 81,920; 51.2 × fewer | **{problem_1:,}**; {ratio_1:.1f} × |
 | 003 | GPT-3, 96 layers, $d = 12288$ | q | 8 | 18M | **{gpt3_one:,}** |
 | 003 | GPT-3 | q and v | 4 | 18M | **{gpt3_two:,}** |
-| 003, printed output | OPT-6.7B, 32 layers, $d = 4096$ | q, v | 16 | 8,388,608 of 6,666,862,592 | **{opt_qv:,}** ({opt_qv / 6666862592:.3%}) |
+| 003, printed output | OPT-6.7B, 32 layers, $d = 4096$ | q, v | 16 | 8,388,608 of 6,666,862,592 | **{opt_qv:,}** of {opt_total:,} ({opt_qv / opt_total:.3%}) |
 | – | Llama-3.2-1B | q, v | 8 | – | **{llama_qv:,}** |
 """))
 print("in 16 bits, GPT-3's adapter takes", f"{2 * gpt3_two / 2**20:.0f} MiB;", f"175 billion / {gpt3_two:,} = {175e9 / gpt3_two:,.0f}")
@@ -380,11 +387,11 @@ check("lora-init", lora_init)
 # %% [markdown]
 # ### Predict
 #
-# Now on the real small Llama. We attach LoRA to `q_proj` and `v_proj` and look at the loss on held-out rows (the mean over the answer's tokens;
+# Now on the real small Llama. We attach LoRA to every linear layer and look at the loss on held-out rows (the mean over the answer's tokens;
 # lower is better). What do you expect, compared with the base model's loss,
 #
 # 1. with LoRA's start, $B = 0$?
-# 2. with a random $B$, drawn like $A$?
+# 2. with a random $B$, as you get it from `nn.Linear(r, d_out)` if you forget to set it to zero?
 #
 # Say it aloud (lower, the same to the last digit, slightly higher, much higher), then run.
 
@@ -395,21 +402,21 @@ model, tokenizer = load_base("tiny")
 held_out = load_data("held_out").shuffle(seed=0).select(range(steps(192, quick=32)))
 
 loss_base = held_out_loss(model, tokenizer, held_out)
-adapters.attach(model, LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]), seed=0)
+adapters.attach(model, LoRAConfig(r=8, alpha=16, target_modules="all-linear"), seed=0)
 loss_zero = held_out_loss(model, tokenizer, held_out)
 
 rng = torch.Generator().manual_seed(3)
-with torch.no_grad():
-    for _, layer in adapters.adapter_layers(model):
-        B = layer.lora_B["default"].weight
-        B.copy_(torch.randn(B.shape, generator=rng) * layer.lora_A["default"].weight.std())
+for _, layer in adapters.adapter_layers(model):
+    nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5), generator=rng)     # nn.Linear's own default
 loss_random = held_out_loss(model, tokenizer, held_out)
 adapters.detach(model)
 print(f"base {loss_base:.6f}    LoRA, B = 0: {loss_zero:.6f}    LoRA, B random: {loss_random:.6f}")
-print("with B = 0 the loss is the same:", loss_zero == loss_base, "   after detach:", held_out_loss(model, tokenizer, held_out) == loss_base)
+print(f"with B = 0: the very same number? {loss_zero == loss_base}    with B random: {loss_random - loss_base:+.2f}    "
+      f"after detach: the same again? {held_out_loss(model, tokenizer, held_out) == loss_base}")
 
 # %% [markdown]
-# With $B = 0$ it is the same number, not nearly the same. A random $B$ damages the model before it has learned anything.
+# With $B = 0$ it is the same number, not nearly the same. A random $B$ damages the model before it has learned anything, and training has to
+# repair that first.
 
 # %% question="lora-q-swapped-start"
 
@@ -892,7 +899,7 @@ variants = {"base": model, "base again (A/A)": model, "LoRA everywhere, merged":
 latency = {f"{n} token{'s' * (n > 1)}": take_turns({k: forward(m, n) for k, m in variants.items()}, steps(60, quick=6)) for n in (1, 64)}
 
 # %%
-middle = {setting: {k: sorted(v)[len(v) // 2] for k, v in rows.items()} for setting, rows in latency.items()}
+middle = {setting: {k: statistics.median(v) for k, v in rows.items()} for setting, rows in latency.items()}
 show(pictures.latency_figure(latency), alt="Time of a forward pass relative to the base model. " + "; ".join(
      f"{setting}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows.items()) for setting, rows in middle.items()) + ".")
 display(Markdown(f"*For one token: merged {middle['1 token']['LoRA everywhere, merged']:.2f} × the base, not merged "
@@ -923,7 +930,7 @@ def forward_only():
         loss_sum(model, few_train)
 
 
-step_ratio = {k: sorted(v)[len(v) // 2] for k, v in take_turns(
+step_ratio = {k: statistics.median(v) for k, v in take_turns(
     {"full": training_step(model), "LoRA on q, v": training_step(on_qv), "LoRA everywhere": training_step(on_all), "forward only": forward_only},
     steps(8, quick=2)).items()}
 print("time of a step, full fine-tuning = 1:", {k: round(v, 2) for k, v in step_ratio.items()})
@@ -948,11 +955,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
 
-theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0))
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
 theirs.print_trainable_parameters()
-lora_A_start = next(p.detach() for n, p in theirs.named_parameters() if "lora_A" in n)
-lora_B_start = next(p.detach() for n, p in theirs.named_parameters() if "lora_B" in n)
-print(f"peft's start: |A| ≤ {lora_A_start.abs().max():.4f} (1/√256 = {1 / 16:.4f}), B all zero: {not lora_B_start.any()}")
+peft_A = max(p.abs().max().item() for n, p in theirs.named_parameters() if "lora_A" in n)
+peft_B = max(p.abs().max().item() for n, p in theirs.named_parameters() if "lora_B" in n)
+print(f"peft's start: largest entry of any A {peft_A:.4f} (1/√256 = {1 / 16:.4f}), of any B {peft_B:g}")
 
 ours = adapters.attach(copy.deepcopy(model), LoRAConfig(r=8, alpha=16, target_modules=["q_proj", "v_proj"]), seed=5)
 rng = torch.Generator().manual_seed(6)
@@ -1030,10 +1037,10 @@ rows = [
     ("001, problem 2", "with $B = 0$ the model is the base model", f"held-out loss {loss_zero:.6f} and {loss_base:.6f}", "✓" if loss_zero == loss_base else "✗"),
     ("003", "GPT-3: 18M is $r = 8$ on one matrix or $r = 4$ on two", f"{gpt3_one:,} and {gpt3_two:,}", "✓" if gpt3_one == gpt3_two else "✗"),
     ("000 (abstract)", "10,000 times fewer trainable parameters", f"175 billion / {gpt3_two / 1e6:.1f} million = {175e9 / gpt3_two:,.0f} ×", "about"),
-    ("003", "a “Llama” with 8,388,608 of 6,666,862,592 trained", f"{opt_qv:,} is $r = 16$ on q, v of OPT-6.7B, the model its code names", "the count ✓, the name ✗"),
+    ("003", "a “Llama” with 8,388,608 of 6,666,862,592 trained", f"{opt_qv:,} of {opt_total:,} is $r = 16$ on q, v of OPT-6.7B", "the count ✓, the name ✗"),
     ("002", "2·d·r parameters per adapted weight", f"square weights only; Llama-3.2-1B, q and v, $r = 8$: {llama_qv:,}, not {as_if_square:,}", "✗ with grouped queries"),
     ("000, 004", "$\\Delta W = AB$, elsewhere $BA$", "both: the factor that meets $x$ first is PEFT's lora_A", "translate"),
-    ("001, 003", "$A$ is drawn from a Gaussian", f"in the paper; PEFT draws uniform, here up to {lora_A_start.abs().max():.4f} = 1/√256", "paper ✓, library no"),
+    ("001, 003", "$A$ is drawn from a Gaussian", f"in the paper; PEFT draws uniform, here up to {peft_A:.4f} (1/√256 = {1 / 16:.4f})", "paper ✓, library no"),
     ("001", "α acts as a learning-rate multiplier", f"2 × α: first step {alpha_adam:.2f} × with Adam, {alpha_sgd:.2f} × with SGD", "Adam ✓, SGD ✗"),
     ("001, 003", "no extra latency", f"merged: {one['LoRA everywhere, merged']:.2f} × (1 token), {many['LoRA everywhere, merged']:.2f} × (64); base against itself {one['base again (A/A)']:.2f}, {many['base again (A/A)']:.2f}", "✓ merged"),
     ("004", "a small compute overhead at inference", f"not merged, everywhere: {one['LoRA everywhere, not merged']:.2f} × and {many['LoRA everywhere, not merged']:.2f} ×", "✓ not merged"),

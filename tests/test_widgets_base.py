@@ -32,7 +32,9 @@ def shown(monkeypatch):
 
     outputs = []
     monkeypatch.setattr(base, "in_notebook", lambda: True)
-    monkeypatch.setattr(IPython.display, "display", lambda data, raw=False, metadata=None: outputs.append((data, metadata)))
+    monkeypatch.setattr(
+        IPython.display, "display", lambda data, raw=False, metadata=None: outputs.append((data, metadata))
+    )
     return outputs
 
 
@@ -80,15 +82,31 @@ def test_sliders_have_a_first_frame_and_follow_their_values(shown):
         calls.append(values)
         return draw(**values)
 
-    figure = slider_figure(recording, alt=lambda r, **rest: f"{r} bars.", title="Bars <b>", r=Slider(3, 1, 8, label="rank r"),
-                           alpha=(0.5, 4.0, 1.0), name=["q", "v"], grid=False)
+    figure = slider_figure(
+        recording,
+        alt=lambda r, **rest: f"{r} bars.",
+        title="Bars <b>",
+        r=Slider(3, 1, 8, label="rank r"),
+        alpha=(0.5, 4.0, 1.0),
+        name=["q", "v"],
+        grid=False,
+    )
     assert calls == [{"r": 3, "alpha": 1.0, "name": "q", "grid": False}]
     ((data, _),) = shown
-    assert "application/vnd.jupyter.widget-view+json" in data and 'alt="3 bars."' in data["text/html"] and "image/png" in data
+    assert (
+        "application/vnd.jupyter.widget-view+json" in data
+        and 'alt="3 bars."' in data["text/html"]
+        and "image/png" in data
+    )
     panel = figure.controls()
     heading, r, alpha, name, grid, picture = panel.children
     assert "Bars &lt;b&gt;" in heading.value
-    assert [type(control).__name__ for control in (r, alpha, name, grid)] == ["IntSlider", "FloatSlider", "Dropdown", "Checkbox"]
+    assert [type(control).__name__ for control in (r, alpha, name, grid)] == [
+        "IntSlider",
+        "FloatSlider",
+        "Dropdown",
+        "Checkbox",
+    ]
     assert (r.description, r.min, r.max, r.continuous_update) == ("rank r", 1, 8, False)
     r.value = 5
     assert calls[-1]["r"] == 5 and 'alt="5 bars."' in picture.value
@@ -164,5 +182,9 @@ def test_a_slider_starts_between_its_ends():
 def test_importing_the_module_imports_neither_matplotlib_nor_ipywidgets():
     import subprocess
 
-    code = "import sys, pefttools.widgets.base; print(any(name in sys.modules for name in ('matplotlib', 'ipywidgets', 'torch', 'IPython')))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip() == "False"
+    heavy = ("matplotlib", "ipywidgets", "torch", "IPython")
+    code = f"import sys, pefttools.widgets.base; print(any(name in sys.modules for name in {heavy}))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip()
+        == "False"
+    )

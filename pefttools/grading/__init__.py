@@ -4,8 +4,8 @@
     check("lora-forward", lora_forward)          # green or red, with what to look at next
     ask("lora-q-scale")                          # a question with its explanations; never graded
 
-An exercise is inputs, a probe, a reference and its known mistakes (`exercise.py`); its answers are compared leaf by leaf
-(`judge.py`). Importing this package imports neither torch nor any chapter.
+An exercise is inputs, a probe, a reference and its known mistakes (`exercise.py`); its answers are compared leaf by
+leaf (`compare.py`), and judged (`judge.py`). Importing this package imports neither torch nor any chapter.
 """
 
 from __future__ import annotations

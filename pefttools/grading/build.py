@@ -1,10 +1,11 @@
 """From a chapter's one source to the notebooks that students, instructors and nbgrader open.
 
-    solutions/02_lora.py ──source.py, chapter.py──► nbgrader source ──release.py──► course/02_lora/lora.ipynb    committed, no solutions
-                                                      ├──► grading/source/02_lora/lora.ipynb    what nbgrader calls "source"
-                                                      └──► solutions/02_lora.ipynb              the instructor's, opened or executed
+    solutions/02_lora.py ──source.py, chapter.py──► notebook ──release.py──► course/02_lora/lora.ipynb    no solutions
+                                                       ├──► grading/source/02_lora/lora.ipynb    nbgrader's "source"
+                                                       └──► solutions/02_lora.ipynb    the instructor's, to open or run
 
-The same bytes each time, so that a plain comparison of files finds a `course/` that was edited by hand or not built again.
+The same bytes each time, so that a plain comparison of files finds a `course/` that was edited by hand or not built
+again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def sources(root: Path, names: Iterable[str] = ()) -> list[Path]:
         stem = Path(name).stem
         match = [p for p in every if stem in (p.stem, p.stem[3:], p.stem[:2])]
         if not match:
-            raise BuildError(f"no chapter {name!r} in solutions/; there are: {', '.join(p.stem for p in every) or 'none'}")
+            raise BuildError(
+                f"no chapter {name!r} in solutions/; there are: {', '.join(p.stem for p in every) or 'none'}"
+            )
         chosen += match
     return chosen or every
 
@@ -72,7 +75,10 @@ def build(
         old = target.read_text(encoding="utf-8") if target.is_file() else None
         if text != old:
             changed.append(chapter.released)
-            log(f"{'differs' if check else 'wrote'} {chapter.released}" + (f": {_difference(old, text)}" if check else ""))
+            log(
+                f"{'differs' if check else 'wrote'} {chapter.released}"
+                + (f": {_difference(old, text)}" if check else "")
+            )
         if check:
             continue
         source = dumps(chapter.notebook)
@@ -100,7 +106,10 @@ def _difference(old: str | None, new: str) -> str:
         return "it has not been built yet; run `make build`"
     for n, (was, now) in enumerate(zip_longest(old.splitlines(), new.splitlines(), fillvalue="(end)"), 1):
         if was != now:
-            return f"line {n} is {was.strip()[:70]!r}, the build gives {now.strip()[:70]!r}; run `make build`, never edit course/"
+            return (
+                f"line {n} is {was.strip()[:70]!r}, the build gives {now.strip()[:70]!r}; "
+                "run `make build`, never edit course/"
+            )
     return "only line ends differ; run `make build`"
 
 
@@ -120,6 +129,12 @@ def run(notebook: Any, folder: str | Path, *, allow_errors: bool = False, timeou
     from pefttools.grading.nbgrader_config import KERNEL_ARGUMENTS, paths
 
     notebook = nbformat.from_dict(notebook)
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", allow_errors=allow_errors,
-                   extra_arguments=KERNEL_ARGUMENTS, resources={"metadata": {"path": str(folder)}}).execute(env={**os.environ, **paths()})
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        allow_errors=allow_errors,
+        extra_arguments=KERNEL_ARGUMENTS,
+        resources={"metadata": {"path": str(folder)}},
+    ).execute(env={**os.environ, **paths()})
     return notebook

@@ -1,9 +1,9 @@
 """A chapter as a notebook: nbgrader's source, with the solutions in, made from the cells of `solutions/NN_name.py`.
 
-    [title][setup] then for each exercise [about][answer][check][hints], for each question [about][answer][check], else as written
+    [title][setup] … for each exercise [about][answer][check][hints], for each question [about][answer][check] …
 
-A pure function of the source and the registry of exercises. Cell ids are the exercise's name, or a hash of the cell's own
-text, so that a change in one cell does not touch the others.
+A pure function of the source and the registry of exercises. Cell ids are the exercise's name, or a hash of the cell's
+own text, so that a change in one cell does not touch the others.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 from pefttools.grading.source import HINTS, BuildError, Cell, is_question, parse, regions, registry, validate
 
-REPO = "peft-course/peft-course"  # the GitHub repository that badges and Colab installs point to; the one place to change it
+# The GitHub repository that badges and Colab installs point to; the one place to change it.
+REPO = "peft-course/peft-course"
 BRANCH = "main"
 
-SETUP = '''\
+SETUP = """\
 # On Colab this installs what is missing there (and never touches its torch or numpy). Anywhere else it does nothing.
 import importlib.util
 import subprocess
@@ -29,7 +30,7 @@ if "google.colab" in sys.modules:
     needed = {{"pefttools": "git+https://github.com/{repo}@{branch}", "peft": "peft", "bitsandbytes": "bitsandbytes"}}
     missing = [source for module, source in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing], check=True)'''
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing], check=True)"""
 
 
 @dataclass
@@ -91,12 +92,28 @@ def _assemble(chapter: Chapter, cells: list[Cell], entries: dict[str, Any]) -> N
 
     def put_answer(name: str, code: str, cell: Cell) -> None:
         chapter.solutions.extend(regions(Cell("code", code, {}, [], cell.line), chapter.path))
-        put("code", f"# exercise: {name}\n{code}", cell, name,
-            {"grade": False, "grade_id": name, "locked": False, "solution": True})
+        put(
+            "code",
+            f"# exercise: {name}\n{code}",
+            cell,
+            name,
+            {"grade": False, "grade_id": name, "locked": False, "solution": True},
+        )
 
     def put_check(name: str, code: str, cell: Cell) -> None:
-        put("code", code, cell, f"check-{name}",
-            {"grade": True, "grade_id": f"check-{name}", "locked": True, "points": entries[name].points, "solution": False})
+        put(
+            "code",
+            code,
+            cell,
+            f"check-{name}",
+            {
+                "grade": True,
+                "grade_id": f"check-{name}",
+                "locked": True,
+                "points": entries[name].points,
+                "solution": False,
+            },
+        )
 
     put("markdown", _title(chapter, entries), None, "title")
     put("code", SETUP.format(repo=REPO, branch=BRANCH), None, "setup")
@@ -116,7 +133,8 @@ def _assemble(chapter: Chapter, cells: list[Cell], entries: dict[str, Any]) -> N
             put_check(name, cell.text, cell)
         elif mark == "hint":
             hints[name] = hints.get(name, 0) + 1
-            text = (f"<details><summary>Hint {hints[name]}: {HINTS[cell.marks['level']]}</summary>\n\n{cell.text}\n\n</details>")
+            summary = f"<summary>Hint {hints[name]}: {HINTS[cell.marks['level']]}</summary>"
+            text = f"<details>{summary}\n\n{cell.text}\n\n</details>"
             if out[-1]["id"] == f"hints-{name}":  # consecutive hints share a cell: a ladder, not a pile
                 out[-1]["source"] += f"\n\n{text}"
             else:
@@ -152,7 +170,9 @@ def _title(chapter: Chapter, entries: dict[str, Any]) -> str:
         facts.append(f"about {chapter.head['minutes']} minutes")
     exercises = sum(not is_question(e) for e in entries.values())
     parts = [_count(exercises, "exercise"), _count(len(entries) - exercises, "question")]
-    facts.append(f"{_count(sum(e.points for e in entries.values()), 'point')} in {' and '.join(p for p in parts if p[0] != '0')}")
+    facts.append(
+        f"{_count(sum(e.points for e in entries.values()), 'point')} in {' and '.join(p for p in parts if p[0] != '0')}"
+    )
     needs = chapter.head.get("needs") or []
     needs = needs if isinstance(needs, list) else re.split(r"[,\s]+", str(needs).strip())
     if needs:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # passes a seed of its own: work that fits only these inputs fails there.
 NOTEBOOK_SEED = 20
 
-_points: dict[str, tuple[str, int]] = {}      # exercise -> (chapter, points) of this process, for the line on progress
+_points: dict[str, tuple[str, int]] = {}  # exercise -> (chapter, points) of this process, for the line on progress
 
 
 def check(exercise: str | Exercise, work: Any, seed: int = NOTEBOOK_SEED) -> Verdict:
@@ -80,8 +80,10 @@ def _unfit(exercise: Exercise, work: Any) -> str | None:
 
     if exercise.accepts in ("function", "class") and not _callable(work):
         thing = exercise.accepts
-        return (f"The check wants your {thing} itself; it was given {type_name(work)}. "
-                f"Write the name of the {thing} without brackets after it.")
+        return (
+            f"The check wants your {thing} itself; it was given {type_name(work)}. "
+            f"Write the name of the {thing} without brackets after it."
+        )
     if exercise.accepts == "folder" and not isinstance(work, (str, os.PathLike)):
         return f"The check wants the path of your folder; it was given {type_name(work)}."
     return None
@@ -103,14 +105,16 @@ def with_progress(verdict: Verdict) -> Verdict:
     _points[verdict.exercise] = (verdict.chapter, verdict.points if verdict.passed else 0)
     try:
         all_of_it = tasks(verdict.chapter)
-    except RegistryError:       # a broken module elsewhere must not take the verdict away
+    except RegistryError:  # a broken module elsewhere must not take the verdict away
         return verdict
     if verdict.exercise not in {task.name for task in all_of_it}:
         return verdict
     points = {task.name: _points[task.name][1] for task in all_of_it if task.name in _points}
     done = sum(1 for value in points.values() if value > 0)
-    progress = (f"{title(verdict.chapter)}: {done} of {len(all_of_it)} done, {sum(points.values())} of "
-                f"{sum(task.points for task in all_of_it)} points")
+    progress = (
+        f"{title(verdict.chapter)}: {done} of {len(all_of_it)} done, {sum(points.values())} of "
+        f"{sum(task.points for task in all_of_it)} points"
+    )
     return replace(verdict, progress=progress)
 
 

@@ -39,13 +39,13 @@ class ExerciseError(Exception):
 class Exercise:
     """One exercise; see the module's picture.
 
-    `inputs(rng)` gets a seeded `torch.Generator` and gives a list of cases, each a dict of plain data. `probe(work, case)`
-    gives plain data back: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None. Leaves are
-    named in the student's words ("output", "gradient of A"), because messages show these names; a leaf whose name starts
-    with "gradient" is compared after all others.
+    `inputs(rng)` gets a seeded `torch.Generator` and gives a list of cases, each a dict of plain data.
+    `probe(work, case)` gives plain data back: nested dicts, lists and tuples of tensors, numbers, strings, booleans and
+    None. Leaves are named in the student's words ("output", "gradient of A"), because messages show these names; a leaf
+    whose name starts with "gradient" is compared after all others.
 
-    `reference`, and the works in `mistakes` and `alternatives`, have the calling form of the student's work. Each may be
-    given as "package.module:name" and is then imported only when it is needed.
+    `reference`, and the works in `mistakes` and `alternatives`, have the calling form of the student's work. Each may
+    be given as "package.module:name" and is then imported only when it is needed.
 
     Random numbers: before every probe torch's and Python's generators are set to the same seed for every work, and put
     back afterwards. Still, a leaf should not be a random number of the work's own choosing: name what must hold of it
@@ -74,32 +74,67 @@ class Exercise:
 
     def __post_init__(self) -> None:
         where = f"exercise {self.name!r}"
-        _want(isinstance(self.name, str) and NAME.fullmatch(self.name) is not None, where, "name", self.name,
-              'lower case words with hyphens, such as "lora-forward"')
-        _want(isinstance(self.chapter, str) and CHAPTER.fullmatch(self.chapter) is not None, where, "chapter",
-              self.chapter, 'two digits and a name, such as "02_lora"')
+        _want(
+            isinstance(self.name, str) and NAME.fullmatch(self.name) is not None,
+            where,
+            "name",
+            self.name,
+            'lower case words with hyphens, such as "lora-forward"',
+        )
+        _want(
+            isinstance(self.chapter, str) and CHAPTER.fullmatch(self.chapter) is not None,
+            where,
+            "chapter",
+            self.chapter,
+            'two digits and a name, such as "02_lora"',
+        )
         _want(isinstance(self.title, str) and self.title.strip() != "", where, "title", self.title, "some text")
         for name in ("points", "minutes"):
             value = getattr(self, name)
             _want(type(value) is int and value > 0, where, name, value, "a whole number above 0")
-        _want(type(self.difficulty) is int and self.difficulty in STARS, where, "difficulty", self.difficulty, "1, 2 or 3")
+        _want(
+            type(self.difficulty) is int and self.difficulty in STARS, where, "difficulty", self.difficulty, "1, 2 or 3"
+        )
         for name in ("inputs", "probe"):
             _want(callable(getattr(self, name)), where, name, getattr(self, name), "a function")
-        _want(self.reference is not None and self.reference is not ..., where, "reference", self.reference,
-              'a right work, or "package.module:name"')
+        _want(
+            self.reference is not None and self.reference is not ...,
+            where,
+            "reference",
+            self.reference,
+            'a right work, or "package.module:name"',
+        )
         _want(isinstance(self.mistakes, dict), where, "mistakes", self.mistakes, "{name: (wrong work, message)}")
         for key, entry in self.mistakes.items():
-            good = (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], str) and entry[1].strip() != ""
-                    and isinstance(key, str) and key != "")
+            good = (
+                isinstance(entry, tuple)
+                and len(entry) == 2
+                and isinstance(entry[1], str)
+                and entry[1].strip() != ""
+                and isinstance(key, str)
+                and key != ""
+            )
             _want(good, where, f"mistakes[{key!r}]", entry, "(wrong work, what to tell whoever made it)")
-        _want(isinstance(self.alternatives, dict) and all(isinstance(key, str) and key for key in self.alternatives),
-              where, "alternatives", self.alternatives, "{name: other right work}")
+        _want(
+            isinstance(self.alternatives, dict) and all(isinstance(key, str) and key for key in self.alternatives),
+            where,
+            "alternatives",
+            self.alternatives,
+            "{name: other right work}",
+        )
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            _want(type(value) in (int, float) and math.isfinite(value) and value >= 0, where, name, value, "a number ≥ 0")
+            _want(
+                type(value) in (int, float) and math.isfinite(value) and value >= 0, where, name, value, "a number ≥ 0"
+            )
         _want(self.accepts in ACCEPTS, where, "accepts", self.accepts, "one of " + ", ".join(ACCEPTS))
-        _want(isinstance(self.hides, tuple) and all(isinstance(name, str) and name for name in self.hides), where, "hides",
-              self.hides, 'a tuple of module names, such as ("pefttools.lora", "peft")')
+        _want(
+            isinstance(self.hides, tuple) and all(isinstance(name, str) and name for name in self.hides),
+            where,
+            "hides",
+            self.hides,
+            'a tuple of module names, such as ("pefttools.lora", "peft")',
+        )
 
     @property
     def stars(self) -> str:
@@ -115,12 +150,16 @@ class Exercise:
         import torch
 
         # The name goes into the seed, so that two exercises do not see the same numbers.
-        generator = torch.Generator(device="cpu").manual_seed((int(seed) * 1_000_003 + zlib.crc32(self.name.encode())) % 2**63)
+        generator = torch.Generator(device="cpu").manual_seed(
+            (int(seed) * 1_000_003 + zlib.crc32(self.name.encode())) % 2**63
+        )
         try:
             with settled(0):
                 cases = self.inputs(generator)
         except Exception as error:
-            raise ExerciseError(f"exercise {self.name!r}: its inputs cannot be made: {type(error).__name__}: {error}") from error
+            raise ExerciseError(
+                f"exercise {self.name!r}: its inputs cannot be made: {type(error).__name__}: {error}"
+            ) from error
         good = isinstance(cases, list) and cases and all(isinstance(case, dict) for case in cases)
         _want(good, f"exercise {self.name!r}", "inputs(rng)", cases, "a list of at least one dict")
         return cases
@@ -144,7 +183,9 @@ class Exercise:
             for part in path.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
-            raise ExerciseError(f"exercise {self.name!r}: cannot get {work!r}: {type(error).__name__}: {error}") from error
+            raise ExerciseError(
+                f"exercise {self.name!r}: cannot get {work!r}: {type(error).__name__}: {error}"
+            ) from error
         return found
 
 

@@ -1,7 +1,7 @@
 """Grade a folder of hand-ins: one gradebook, one CSV, one page of feedback for each, and nobody's file stops the rest.
 
-    FOLDER ──collect──► hand-ins ──read, splice──► grading/submitted/STUDENT/CHAPTER/ ──nbgrader autograde──► gradebook.db
-                                                                                └──► autograded/ ──► feedback/, grades.csv
+    FOLDER ──collect──► hand-ins ──splice──► grading/submitted/STUDENT/CHAPTER/ ──nbgrader autograde──► gradebook.db
+                                                                      └──► autograded/ ──► feedback/, grades.csv
 
 `FOLDER` has nbgrader's layout (STUDENT/CHAPTER/name.ipynb) or is any pile of notebooks (alice.ipynb, alice_lora.ipynb,
 bob/whatever.ipynb): which chapter a notebook belongs to is read from its cells, whose it is from its path. What is in
@@ -78,8 +78,8 @@ def grade(
 ) -> list[Result]:
     """Grade every notebook under `submissions` (default: `out`/submitted, where `nbgrader collect` puts them).
 
-    `chapter` ("02_lora", "lora" or "02") grades only that chapter's. `out` is the grading folder (default: `grading/` in
-    the course's `root`). `force` also grades what has not changed. `entries` replaces the registry of exercises (tests).
+    `chapter` ("02_lora", "lora" or "02") grades only that chapter's. `out` is the grading folder (default: `grading/`
+    in the course's `root`). `force` also grades what has not changed. `entries` replaces the registry of exercises.
     Writes gradebook.db, grades.csv and feedback/ into `out`, logs a table, and returns its rows.
     Raises `GradeError` where nothing can be graded at all; a bad submission is a row of the table with its reason.
     """
@@ -103,14 +103,23 @@ def grade(
         if chapter:  # other chapters' hand-ins are none of this run's business
             hand_ins = [h for h in hand_ins if h.chapter or not h.problem.startswith(UNKNOWN)]
         if not hand_ins:
-            raise GradeError(f"no notebooks (*.ipynb) under {folder}" + (f" for chapter {chapter!r}" if chapter else ""))
+            raise GradeError(
+                f"no notebooks (*.ipynb) under {folder}" + (f" for chapter {chapter!r}" if chapter else "")
+            )
         results, definitions = [], _definitions()
         for hand_in in _progress(hand_ins):
             try:
                 results.append(_grade_one(hand_in, pristine, api, out, force, definitions))
             except Exception as error:  # one bad submission never stops the others
-                results.append(Result(hand_in.student, hand_in.chapter, str(hand_in.path), "failed",
-                                      problem=f"{type(error).__name__}: {error}"))
+                results.append(
+                    Result(
+                        hand_in.student,
+                        hand_in.chapter,
+                        str(hand_in.path),
+                        "failed",
+                        problem=f"{type(error).__name__}: {error}",
+                    )
+                )
         _export(api, out)
     results.sort(key=lambda r: (r.chapter, r.student))
     log(table(results))
@@ -125,8 +134,13 @@ UNKNOWN = "No exercise of"
 
 def collect(folder: Path, pristine: dict[str, Any], out: Path | None = None) -> list[HandIn]:
     """Every notebook under a folder (or the one file), read, with its student and chapter; the newest of duplicates."""
-    paths = [folder] if folder.is_file() else sorted(
-        p for p in folder.rglob("*.ipynb") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    paths = (
+        [folder]
+        if folder.is_file()
+        else sorted(
+            p for p in folder.rglob("*.ipynb") if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        )
+    )
     base = folder.parent if folder.is_file() else folder
     found: dict[tuple[str, str], HandIn] = {}
     for path in paths:
@@ -145,8 +159,12 @@ def collect(folder: Path, pristine: dict[str, Any], out: Path | None = None) -> 
         key = (hand_in.student, hand_in.chapter or path.name)
         other = found.get(key)
         if other is not None:
-            newer, older = sorted((hand_in, other), key=lambda h: (not h.problem, h.path.stat().st_mtime), reverse=True)
-            newer.notes = [*newer.notes, *older.notes, f"Another file for this chapter, {older.path.name}, is older or unreadable and was not graded."]
+            newer, older = sorted((hand_in, other), key=lambda h: (not h.problem, h.path.lstat().st_mtime), reverse=True)
+            newer.notes = [
+                *newer.notes,
+                *older.notes,
+                f"Another file for this chapter, {older.path.name}, is older or unreadable and was not graded.",
+            ]
             hand_in = newer
         found[key] = hand_in
     return list(found.values())
@@ -154,8 +172,10 @@ def collect(folder: Path, pristine: dict[str, Any], out: Path | None = None) -> 
 
 def recognise(notebook: dict[str, Any], pristine: dict[str, Any]) -> str | None:
     """The chapter that most of a notebook's recognisable answer cells belong to, or None."""
-    count = {name: len({identity(cell, set(names)) for cell in notebook["cells"]} - {None})
-             for name, names in ((name, answer_names(nb)) for name, nb in pristine.items())}
+    count = {
+        name: len({identity(cell, set(names)) for cell in notebook["cells"]} - {None})
+        for name, names in ((name, answer_names(nb)) for name, nb in pristine.items())
+    }
     best = max(count, key=lambda name: count[name], default=None)
     return best if best is not None and count[best] else None
 
@@ -189,8 +209,9 @@ def _original(path: Path, out: Path | None) -> Path:
 # ---------------------------------------------------------------------------------------------------- one hand-in
 
 
-def _grade_one(hand_in: HandIn, pristine: dict[str, tuple[Chapter, Any]], api: Any, out: Path, force: bool,
-               definitions: str) -> Result:
+def _grade_one(
+    hand_in: HandIn, pristine: dict[str, tuple[Chapter, Any]], api: Any, out: Path, force: bool, definitions: str
+) -> Result:
     student, name = hand_in.student, hand_in.chapter
     result = Result(student, name, str(hand_in.path), "failed", repairs=list(hand_in.notes), problem=hand_in.problem)
     with api.gradebook as gradebook:
@@ -207,7 +228,13 @@ def _grade_one(hand_in: HandIn, pristine: dict[str, tuple[Chapter, Any]], api: A
     report = out / "reports" / name / f"{student}.json"
     page = out / "feedback" / student / name / f"{chapter.short}.html"
     before = _read_report(report)
-    if not force and before is not None and before.digest == result.digest and before.status == "graded" and page.is_file():
+    if (
+        not force
+        and before is not None
+        and before.digest == result.digest
+        and before.status == "graded"
+        and page.is_file()
+    ):
         found = _score(api, name, student)  # anew from the gradebook: somebody may have graded by hand since
         if found is not None:
             before.status, before.file, before.repairs = "unchanged", str(hand_in.path), result.repairs
@@ -242,7 +269,7 @@ def _score(api: Any, name: str, student: str) -> tuple[float, float] | None:
 
 
 def _put(hand_in: HandIn, chapter: Chapter, text: str, out: Path, result: Result) -> None:
-    """The spliced notebook into nbgrader's submitted/, alone but for a time stamp; what it replaces goes to received/."""
+    """The spliced notebook into nbgrader's submitted/, alone but for a time stamp; the original goes to received/."""
     target = out / "submitted" / hand_in.student / chapter.name / f"{chapter.short}.ipynb"
     kept = out / "received" / hand_in.student / chapter.name / f"{chapter.short}.ipynb"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -270,8 +297,12 @@ def _put(hand_in: HandIn, chapter: Chapter, text: str, out: Path, result: Result
 
 def _repair_cell(repairs: list[str]) -> dict[str, Any]:
     lines = "\n".join(f"- {repair}" for repair in repairs)
-    return {"cell_type": "markdown", "id": "repairs", "metadata": {},
-            "source": f"**Before grading, this hand-in was repaired:**\n\n{lines}"}
+    return {
+        "cell_type": "markdown",
+        "id": "repairs",
+        "metadata": {},
+        "source": f"**Before grading, this hand-in was repaired:**\n\n{lines}",
+    }
 
 
 def _read_report(path: Path) -> Result | None:
@@ -333,9 +364,10 @@ def _register(api: Any, chapter: Chapter, out: Path) -> Any:
         SaveCells().preprocess(pristine, resources)
     except RuntimeError as error:
         raise GradeError(
-            f"{chapter.path.name} has other exercises than when its first submissions were graded, and nbgrader does not mix "
-            f"the two in one gradebook: move {out / 'gradebook.db'} away to grade everybody anew, or grade into another "
-            "folder (out=…)") from error
+            f"{chapter.path.name} has other exercises than when its first submissions were graded, and nbgrader does "
+            f"not mix the two in one gradebook: move {out / 'gradebook.db'} away to grade everybody anew, or "
+            "grade into another folder (out=…)"
+        ) from error
     return pristine
 
 
@@ -348,7 +380,7 @@ def _export(api: Any, out: Path) -> None:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """The kernels' environment (`configure` sets it) for the time of a run, and ours back afterwards; nbgrader's noise off."""
+    """The kernels' environment (`configure` sets it) for the time of a run, then ours back; nbgrader's noise off."""
     from sqlalchemy.exc import SAWarning
 
     before = dict(os.environ)
@@ -376,17 +408,30 @@ def _progress(hand_ins: list[HandIn]) -> Iterator[HandIn]:
 def table(results: list[Result]) -> str:
     """The rows as text: who, what, score of maximum, seconds; beneath each what was repaired or went wrong."""
     head = ("student", "chapter", "score", "of", "seconds", "")
-    rows = [(r.student, r.chapter or "?", f"{r.score:g}" if r.status != "failed" else "–", f"{r.max_score:g}",
-             f"{r.seconds:.1f}", r.status) for r in results]
+    rows = [
+        (
+            r.student,
+            r.chapter or "?",
+            f"{r.score:g}" if r.status != "failed" else "–",
+            f"{r.max_score:g}",
+            f"{r.seconds:.1f}",
+            r.status,
+        )
+        for r in results
+    ]
     width = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
 
     def line(row: tuple[str, ...]) -> str:
-        return "  ".join(c.ljust(w) if n in (0, 1, 5) else c.rjust(w) for n, (c, w) in enumerate(zip(row, width, strict=True))).rstrip()
+        return "  ".join(
+            c.ljust(w) if n in (0, 1, 5) else c.rjust(w) for n, (c, w) in enumerate(zip(row, width, strict=True))
+        ).rstrip()
 
     lines = [line(head), "  ".join("─" * w for w in width[:-1])]
     for row, result in zip(rows, results, strict=True):
         lines.append(line(row))
         lines += [f"    {text}" for text in (*result.repairs, *filter(None, [result.problem]))]
     failed = sum(r.status == "failed" for r in results)
-    lines.append(f"{len(results)} hand-ins, {len(results) - failed} graded" + (f", {failed} could not be" if failed else ""))
+    lines.append(
+        f"{len(results)} hand-ins, {len(results) - failed} graded" + (f", {failed} could not be" if failed else "")
+    )
     return "\n".join(lines)

@@ -4,15 +4,15 @@
     submitted_directory  grading/submitted     after the splice           gradebook           grading/gradebook.db
     autograded_directory grading/autograded                               feedback_directory  grading/feedback
 
-`write_config()` writes `grading/nbgrader_config.py`, two lines that call `configure`, so that everybody who knows nbgrader
+`write_config()` writes `grading/nbgrader_config.py`, which calls `configure`, so that everybody who knows nbgrader
 works as usual from that folder:
 
     cd grading && nbgrader autograde 02_lora
     cd grading && nbgrader export
     cd grading && jupyter lab --ServerApp.root_dir=..         Nbgrader ► Formgrader
 
-The seams for a sandbox and an out-of-process judge: `c.Autograde.autograde_preprocessors` begins with `Execute`, which a
-subclass can replace; check cells are recognised by `splice.check_name(cell)` (grade_id "check-" + exercise).
+The seams for a sandbox and an out-of-process judge: `c.Autograde.autograde_preprocessors` begins with `Execute`, which
+a subclass can replace; check cells are recognised by `splice.check_name(cell)` (grade_id "check-" + exercise).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-CONFIG = '''\
+CONFIG = """\
 # Written by `pefttools grade` and `pefttools build`; run nbgrader's commands in this folder. Your own settings: below.
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ from pefttools.grading.nbgrader_config import configure  # noqa: E402
 
 c = get_config()  # noqa: F821  (traitlets gives it)
 configure(c, root=root, out=Path(__file__).resolve().parent)
-'''
+"""
 
 CELL_SECONDS = 600  # a cell that trains on a slow machine; nbgrader's default of 30 s would fail honest work
 KERNEL_ARGUMENTS = ["--HistoryManager.hist_file=:memory:", "--Application.log_level=40"]  # no word about TCP per kernel
@@ -62,14 +62,19 @@ def configure(c: Any, root: str | Path, out: str | Path) -> Any:
     c.GenerateAssignment.preprocessors = [*names, "nbgrader.preprocessors.SaveCells"]
 
     # Grading. Anything on stderr in a check cell costs all of its points in stock nbgrader, and every library writes
-    # there (progress bars, warnings): it is dropped before scores are read. Errors are outputs of another kind and stay.
+    # there (progress bars, warnings): it is dropped before scores are read. Errors are another kind of output and stay.
     c.IgnorePattern.enabled = True
     c.IgnorePattern.pattern = r"[\s\S]*"
     c.Execute.timeout = CELL_SECONDS
     c.Execute.shutdown_kernel = "immediate"
     c.Execute.extra_arguments = KERNEL_ARGUMENTS
     c.OverwriteCells.add_missing_cells = True
-    quick = {"PEFTTOOLS_QUICK": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quick = {
+        "PEFTTOOLS_QUICK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     for name, value in quick.items():  # kernels inherit it, under the `nbgrader` command as well
         os.environ.setdefault(name, value)
     os.environ.update(paths())
@@ -79,20 +84,22 @@ def configure(c: Any, root: str | Path, out: str | Path) -> Any:
 def paths() -> dict[str, str]:
     """PATH and PYTHONPATH with which subprocesses find this environment's commands and this very package.
 
-    nbgrader starts `alembic` by name when it makes the gradebook, and an environment that is not activated has it only in
-    its scripts folder; kernels start in other folders than a checkout that was not installed.
+    nbgrader starts `alembic` by name when it makes the gradebook, and an environment that is not activated has it only
+    in its scripts folder; kernels start in other folders than a checkout that was not installed.
     """
 
     def extend(name: str, folder: str) -> str:
         now = [part for part in os.environ.get(name, "").split(os.pathsep) if part]
         return os.pathsep.join(now if folder in now else [*now, folder])
 
-    return {"PATH": extend("PATH", sysconfig.get_path("scripts")),
-            "PYTHONPATH": extend("PYTHONPATH", str(Path(__file__).resolve().parents[2]))}
+    return {
+        "PATH": extend("PATH", sysconfig.get_path("scripts")),
+        "PYTHONPATH": extend("PYTHONPATH", str(Path(__file__).resolve().parents[2])),
+    }
 
 
 def write_config(root: str | Path, out: str | Path | None = None) -> Path:
-    """Write `nbgrader_config.py` into the grading folder, unless one is there (it may hold the instructor's settings)."""
+    """Write `nbgrader_config.py` into the grading folder, unless one is there: it may hold an instructor's settings."""
     root = Path(root).resolve()
     out = Path(out).resolve() if out is not None else root / "grading"
     (out / "exchange").mkdir(parents=True, exist_ok=True)

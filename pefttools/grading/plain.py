@@ -1,7 +1,7 @@
 """Plain data: the only thing that passes between a student's work and the judge.
 
-Exact built-in types only. A subclass of `dict`, `float` or `torch.Tensor` can answer every question with a lie (`__eq__`,
-`__torch_function__`, `__array__`), so it becomes a `NotPlain` that carries nothing but the name of its type.
+Exact built-in types only. A subclass of `dict`, `float` or `torch.Tensor` can answer every question with a lie
+(`__eq__`, `__torch_function__`, `__array__`), so it becomes a `NotPlain` that carries nothing but its type's name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-MAX_ELEMENTS = 2**24      # of one tensor: 64 MiB in float32, a thousand times what an exercise needs
-MAX_LEAVES = 100_000      # of one result
-MAX_DEPTH = 16            # also ends a list that contains itself
+MAX_ELEMENTS = 2**24  # of one tensor: 64 MiB in float32, a thousand times what an exercise needs
+MAX_LEAVES = 100_000  # of one result
+MAX_DEPTH = 16  # also ends a list that contains itself
 
 SCALARS = (bool, int, float, str, bytes, type(None), type(...))
 
@@ -37,8 +37,9 @@ def _among(kind: type, kinds: Iterable[type]) -> bool:
 def plain(value: Any) -> Any:
     """A copy of `value` in exact plain types; what is not plain becomes `NotPlain` where it stood.
 
-    Tensors are detached, copied and brought to the CPU. numpy arrays become tensors, numpy scalars numbers, `torch.Size`
-    a tuple, dtypes and devices their names. Sparse, meta, nested, quantized and very large tensors are not plain.
+    Tensors are detached, copied and brought to the CPU. numpy arrays become tensors, numpy scalars numbers,
+    `torch.Size` a tuple, dtypes and devices their names. Sparse, meta, nested, quantized and very large tensors are not
+    plain.
     """
     return _plain(value, 0, [MAX_LEAVES])
 
@@ -55,9 +56,13 @@ def _plain(value: Any, depth: int, room: list[int]) -> Any:
     if depth >= MAX_DEPTH:
         return NotPlain(f"something nested more than {MAX_DEPTH} deep")
     if _among(kind, (list, tuple, torch.Size)):
+        if len(value) > room[0]:
+            return NotPlain(f"a {'list' if kind is list else 'tuple'} of {len(value)}, far more than is needed")
         items = [_plain(item, depth + 1, room) for item in value]
         return items if kind is list else tuple(items)
     if _among(kind, (dict, collections.OrderedDict)):
+        if dict.__len__(value) > room[0]:
+            return NotPlain(f"a dict of {dict.__len__(value)} entries, far more than is needed")
         for key in dict.keys(value):
             if not _among(type(key), (str, int, bool)):
                 return NotPlain(f"a dict with a key that is {type_name(key)}")

@@ -19,9 +19,16 @@ from pefttools.grading.plain import plain
 from pefttools.grading.room import notebook_shell, quiet, settled
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-LIBRARIES = tuple({os.path.abspath(path) + os.sep for name, path in sysconfig.get_paths().items()
-                   if name in ("stdlib", "platstdlib", "purelib", "platlib")})
-UNWRITTEN = re.compile(r"^(?:(?P<name>[a-z][a-z0-9-]*): )?(?:not written yet|not implemented(?: yet)?|todo)?\W*$", re.IGNORECASE)
+LIBRARIES = tuple(
+    {
+        os.path.abspath(path) + os.sep
+        for name, path in sysconfig.get_paths().items()
+        if name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
+)
+UNWRITTEN = re.compile(
+    r"^(?:(?P<name>[a-z][a-z0-9-]*): )?(?:not written yet|not implemented(?: yet)?|todo)?\W*$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,9 @@ class Raised:
 
     type: str
     message: str
-    place: str | None = None          # "line 3 of the cell In[7], in lora_forward"
-    line: str | None = None           # the text of that line
-    unwritten: str | None = None      # a stub was reached: the exercise it names, or "" where it names none
+    place: str | None = None  # "line 3 of the cell In[7], in lora_forward"
+    line: str | None = None  # the text of that line
+    unwritten: str | None = None  # a stub was reached: the exercise it names, or "" where it names none
 
     def to_dict(self) -> dict:
         """As plain JSON-able data."""
@@ -64,7 +71,7 @@ def _probe_one(exercise: Exercise, work: Any, case: dict, number: int) -> Outcom
             return Outcome(plain(exercise.probe(work, case)), None, printed.getvalue())
         except KeyboardInterrupt:
             raise
-        except BaseException as error:      # SystemExit too: a work that leaves must not take the notebook with it
+        except BaseException as error:  # SystemExit too: a work that leaves must not take the notebook with it
             return Outcome(None, _raised(error, exercise.probe), printed.getvalue())
 
 

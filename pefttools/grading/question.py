@@ -49,17 +49,33 @@ class Question(Exercise):
 
     reveals = False
 
-    def __init__(self, name: str, chapter: str, points: int, text: str, right: str, options: dict[str, tuple[str, str]],
-                 title: str = "Question", minutes: int = 1, difficulty: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        chapter: str,
+        points: int,
+        text: str,
+        right: str,
+        options: dict[str, tuple[str, str]],
+        title: str = "Question",
+        minutes: int = 1,
+        difficulty: int = 1,
+    ) -> None:
         where = f"question {name!r}"
         if not isinstance(text, str) or not text.strip():
             raise ExerciseError(f"{where}: text is {text!r}; it must be the question in Markdown")
-        letters = list(string.ascii_lowercase[:len(options)]) if isinstance(options, dict) else []
+        letters = list(string.ascii_lowercase[: len(options)]) if isinstance(options, dict) else []
         if not 2 <= len(letters) <= 6 or list(options) != letters:
-            raise ExerciseError(f"{where}: options must be a dict of two to six, with the keys a, b, c … in this order; "
-                                f"given {list(options) if isinstance(options, dict) else options!r:.100}")
+            raise ExerciseError(
+                f"{where}: options must be a dict of two to six, with the keys a, b, c … in this order; "
+                f"given {list(options) if isinstance(options, dict) else options!r:.100}"
+            )
         for key, entry in options.items():
-            if not (isinstance(entry, tuple) and len(entry) == 2 and all(isinstance(part, str) and part.strip() for part in entry)):
+            if not (
+                isinstance(entry, tuple)
+                and len(entry) == 2
+                and all(isinstance(part, str) and part.strip() for part in entry)
+            ):
                 raise ExerciseError(f"{where}: options[{key!r}] is {entry!r:.100}; it must be (option, explanation)")
         if right not in options:
             raise ExerciseError(f"{where}: right is {right!r}; it must be one of {', '.join(letters)}")
@@ -67,10 +83,19 @@ class Question(Exercise):
         object.__setattr__(self, "right", right)
         object.__setattr__(self, "options", options)
         super().__init__(
-            name=name, chapter=chapter, title=title, points=points, minutes=minutes, difficulty=difficulty,
-            inputs=_one_case, probe=_read_letter, reference=right, accepts="value",
+            name=name,
+            chapter=chapter,
+            title=title,
+            points=points,
+            minutes=minutes,
+            difficulty=difficulty,
+            inputs=_one_case,
+            probe=_read_letter,
+            reference=right,
+            accepts="value",
             mistakes={key: (key, entry[1]) for key, entry in options.items() if key != right},
-            alternatives={"capital letter": right.upper(), "with a bracket and spaces": f" {right}) "})
+            alternatives={"capital letter": right.upper(), "with a bracket and spaces": f" {right}) "},
+        )
 
     @property
     def praise(self) -> str:
@@ -83,7 +108,11 @@ class Question(Exercise):
 
     def markdown(self) -> str:
         """The question with its options, as Markdown."""
-        return self.text.strip() + "\n\n" + "\n".join(f"- **{key})** {entry[0].strip()}" for key, entry in self.options.items())
+        return (
+            self.text.strip()
+            + "\n\n"
+            + "\n".join(f"- **{key})** {entry[0].strip()}" for key, entry in self.options.items())
+        )
 
     def feedback(self, choice: Any) -> tuple[bool, str]:
         """Whether the choice is right, and its explanation."""
@@ -133,8 +162,9 @@ def controls(question: Question) -> Any:
     except ImportError:
         return None
     text = ipywidgets.HTMLMath(value=f"<div style='max-width:50em;line-height:1.4'>{_html(question.markdown())}</div>")
-    buttons = ipywidgets.RadioButtons(options=list(question.options), value=None, description="",
-                                      layout=ipywidgets.Layout(width="max-content"))
+    buttons = ipywidgets.RadioButtons(
+        options=list(question.options), value=None, description="", layout=ipywidgets.Layout(width="max-content")
+    )
     explanation = ipywidgets.HTMLMath(value="")
 
     def chosen(change: dict) -> None:
@@ -142,8 +172,10 @@ def controls(question: Question) -> Any:
             good, why = question.feedback(change["new"])
             mark = "✓ Right." if good else "✗ Not this one."
             colour = "46, 125, 50" if good else "198, 40, 40"
-            explanation.value = (f"<div style='border-left:5px solid rgb({colour});padding:.4em .8em;line-height:1.4;max-width:50em'>"
-                                 f"<strong>{change['new']}) {mark}</strong> {_html(why)}</div>")
+            explanation.value = (
+                f"<div style='border-left:5px solid rgb({colour});padding:.4em .8em;line-height:1.4;max-width:50em'>"
+                f"<strong>{change['new']}) {mark}</strong> {_html(why)}</div>"
+            )
 
     buttons.observe(chosen, "value")
     return ipywidgets.VBox([text, buttons, explanation])
@@ -160,7 +192,7 @@ def _plain_text(question: Question) -> str:
 
 
 def _html(markdown: str) -> str:
-    """The little Markdown of a question as HTML: paragraphs, lists, `code`, **bold**, *emphasis*; math is left to MathJax."""
+    """A question's Markdown as HTML: paragraphs, lists, `code`, **bold**, *emphasis*; math is left to MathJax."""
     blocks = []
     for block in re.split(r"\n\s*\n", markdown.strip()):
         if block.startswith("```"):

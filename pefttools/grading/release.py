@@ -37,7 +37,13 @@ def stub(indent: str, body: str, note: str, name: str) -> str:
     if not indent:
         assigned: list[str] = []
         for node in ast.parse(textwrap.dedent(body)).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            targets = (
+                node.targets
+                if isinstance(node, ast.Assign)
+                else [node.target]
+                if isinstance(node, ast.AnnAssign)
+                else []
+            )
             names = [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 names = [node.name]
@@ -63,7 +69,7 @@ PREPROCESSORS = [LockCells, ClearAnswers, ClearOutput, CheckCellMetadata, Comput
 
 
 def release(chapter: Chapter) -> Any:
-    """The student's notebook of a chapter. Raises `BuildError` for a stub that does not parse or a solution that leaks."""
+    """The student's notebook of a chapter. `BuildError` for a stub that does not parse or a solution that leaks."""
     import nbformat
 
     from pefttools.grading.source import BuildError
@@ -77,18 +83,23 @@ def release(chapter: Chapter) -> Any:
             try:
                 ast.parse(cell.source)
             except SyntaxError as error:
-                raise BuildError(f"{chapter.path.name}:{chapter.lines[cell.id]}: with its solution taken out, the answer cell of "
-                                 f"{cell.id!r} is not Python ({error.msg}): put whole statements between the markers") from error
+                raise BuildError(
+                    f"{chapter.path.name}:{chapter.lines[cell.id]}: with its solution taken out, the answer cell of "
+                    f"{cell.id!r} is not Python ({error.msg}): put whole statements between the markers"
+                ) from error
     for cell, text in leaks(notebook, chapter.solutions):
-        raise BuildError(f"{chapter.path.name}:{chapter.lines.get(cell, 1)}: the solution leaks into the released cell {cell!r}: {text!r}")
+        raise BuildError(
+            f"{chapter.path.name}:{chapter.lines.get(cell, 1)}: the solution leaks into the released cell {cell!r}: "
+            f"{text!r}"
+        )
     return notebook
 
 
 def leaks(notebook: Any, solutions: list[str]) -> list[tuple[str, str]]:
     """Where text of a solution stands in a released notebook: (cell id, the text found).
 
-    More than half of a solution's lines, one after the other, give it away; fewer may stand in a hint or a demonstration.
-    Compared without spaces and comments, in sources, outputs and metadata.
+    More than half of a solution's lines, one after the other, give it away; fewer may stand in a hint or a
+    demonstration. Compared without spaces and comments, in sources, outputs and metadata.
     """
     phrases = set()
     for solution in solutions:
@@ -102,7 +113,9 @@ def leaks(notebook: Any, solutions: list[str]) -> list[tuple[str, str]]:
         code = _squeeze("".join(line for line in lines if not line.lstrip().startswith("#")))
         comments = _squeeze("".join(line.lstrip(" \t#") for line in lines))  # a solution that is commented out
         aside = _squeeze(repr(cell.get("outputs", "")) + repr(cell.metadata))
-        found += [(cell.id, phrase) for phrase in sorted(phrases) if any(phrase in text for text in (code, comments, aside))]
+        found += [
+            (cell.id, phrase) for phrase in sorted(phrases) if any(phrase in text for text in (code, comments, aside))
+        ]
         if re.search(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS)", cell.source):
             found.append((cell.id, "a BEGIN/END marker"))
     return found

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-PRINTED = 2_000           # characters kept of what the work prints
+PRINTED = 2_000  # characters kept of what the work prints
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def settled(seed: int) -> Iterator[None]:
                 stack.enter_context(context)
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
-            # Not torch.manual_seed: it also queues a call for every GPU library that is not loaded, with its stack trace.
+            # Not torch.manual_seed: that also queues a call, with its stack trace, for every GPU library not loaded.
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             if numpy is not None:
@@ -60,7 +60,7 @@ class Beginning(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if self._room > 0:
-            self._parts.append(str(text)[:self._room])
+            self._parts.append(str(text)[: self._room])
             self._room -= len(self._parts[-1])
         return len(text)
 
@@ -70,7 +70,7 @@ class Beginning(io.TextIOBase):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[Beginning]:
-    """Hold back prints, warnings, logging and notebook display; gives the stream that keeps the beginning of the prints.
+    """Hold back prints, warnings, logging and notebook display; gives the stream with the beginning of the prints.
 
     nbgrader 0.9.6 takes all points of a cell that writes anything to stderr, so nothing of a work's noise may get out.
     """
@@ -78,7 +78,7 @@ def quiet() -> Iterator[Beginning]:
     publisher = getattr(shell, "display_pub", None)
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)      # handlers keep the stderr they were made with; redirecting misses them
+        logging.disable(logging.CRITICAL)  # handlers keep the stderr they were made with; redirecting misses them
         if publisher is not None:
             from IPython.core.displaypub import CapturingDisplayPublisher
 

@@ -89,9 +89,14 @@ def parse(path: Path) -> tuple[dict[str, Any], list[Cell]]:
         marks = {key: cell.metadata[key] for key in (*MARKERS, "level") if key in cell.metadata}
         unknown = set(cell.metadata) - {*MARKERS, "level", "tags", "lines_to_next_cell", "name", "title"}
         if unknown:
-            raise BuildError(f"{path.name}:{line}: unknown marker {sorted(unknown)[0]!r}; known are {', '.join(MARKERS)}, level, tags")
+            raise BuildError(
+                f"{path.name}:{line}: unknown marker {sorted(unknown)[0]!r}; "
+                f"known are {', '.join(MARKERS)}, level, tags"
+            )
         if len([m for m in marks if m in MARKERS]) > 1:
-            raise BuildError(f"{path.name}:{line}: one cell, one marker; this one has {', '.join(m for m in marks if m in MARKERS)}")
+            raise BuildError(
+                f"{path.name}:{line}: one cell, one marker; this one has {', '.join(m for m in marks if m in MARKERS)}"
+            )
         tags = cell.metadata.get("tags", [])
         if not isinstance(tags, list):
             raise BuildError(f'{path.name}:{line}: tags are a list, tags=["gpu"]; got {tags!r}')
@@ -128,8 +133,11 @@ def validate(path: Path, cells: list[Cell], entries: dict[str, Any]) -> None:
         if role in place:
             fail(cell, f"{mark}={name!r} occurs twice; first in line {place[role].line}")
         if (mark == "question") != is_question(entries[name]):
-            fail(cell, f"{name!r} is {'a question' if is_question(entries[name]) else 'an exercise'}; write "
-                       f"{'question' if is_question(entries[name]) else 'exercise'}={name!r}")
+            fail(
+                cell,
+                f"{name!r} is {'a question' if is_question(entries[name]) else 'an exercise'}; write "
+                f"{'question' if is_question(entries[name]) else 'exercise'}={name!r}",
+            )
         if mark == "question" and cell.text.strip():
             fail(cell, f"the question cell of {name!r} stays empty; its text comes from the Question")
         if role == "exercise" and not regions(cell, path):
@@ -138,7 +146,10 @@ def validate(path: Path, cells: list[Cell], entries: dict[str, Any]) -> None:
             if "exercise" not in place:
                 fail(cell, f"the check of {name!r} stands before its exercise cell")
             if not ends_in_check(cell.text, name):
-                fail(cell, f'the check cell of {name!r} must end in check("{name}", …): nbgrader reads that line as the score')
+                fail(
+                    cell,
+                    f'the check cell of {name!r} must end in check("{name}", …): nbgrader reads that line as the score',
+                )
         place[role] = cell
     for name, place in seen.items():
         if "exercise" in place and "check" not in place:
@@ -149,7 +160,11 @@ def validate(path: Path, cells: list[Cell], entries: dict[str, Any]) -> None:
             fail(place["exercise"], f'exercise {name!r} has no description (# %% [markdown] exercise="{name}")')
     for name, entry in entries.items():
         if not {"exercise", "question"} & set(seen.get(name, {})):
-            fail(None, f"{'question' if is_question(entry) else 'exercise'} {name!r} is registered for this chapter but never used in it")
+            fail(
+                None,
+                f"{'question' if is_question(entry) else 'exercise'} {name!r} is registered for this chapter "
+                "but never used in it",
+            )
 
 
 def ends_in_check(code: str, name: str) -> bool:
@@ -176,7 +191,9 @@ def regions(cell: Cell, path: Path) -> list[str]:
     for n, line in enumerate(lines):
         if "BEGIN SOLUTION" in line:
             if start is not None:
-                raise BuildError(f"{path.name}:{cell.line + n + 1}: BEGIN SOLUTION inside a solution that has not ended")
+                raise BuildError(
+                    f"{path.name}:{cell.line + n + 1}: BEGIN SOLUTION inside a solution that has not ended"
+                )
             start = n
         elif "END SOLUTION" in line:
             if start is None:

@@ -4,10 +4,11 @@
     submitted  [?][answer ███][??][answer ███ retyped][✂] …
     spliced    [title][setup][about][answer ███][check][about][answer ███][check] …      + what had to be repaired
 
-Metadata, tags, outputs, extra cells and edited checks never arrive. An answer is recognised by nbgrader's `grade_id`, else
-by its cell id, else by its first line `# exercise: name`; that survives Colab, VS Code, old formats and copied cells.
-Grading runs every hand-in through this first, and the reader's own copies are carried into a new version of a chapter
-with it. Nothing here raises on what a submission contains: an unreadable file is a `BadSubmission`, the rest is repaired.
+Metadata, tags, outputs, extra cells and edited checks never arrive. An answer is recognised by nbgrader's `grade_id`,
+else by its cell id, else by its first line `# exercise: name`; that survives Colab, VS Code, old formats and copied
+cells. Grading runs every hand-in through this first, and the reader's own copies are carried into a new version of a
+chapter with it. Nothing here raises on what a submission contains: an unreadable file is a `BadSubmission`, the rest is
+repaired.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def read_notebook(path: str | Path, limit: int = LIMIT) -> dict[str, Any]:
             raise BadSubmission(f"{path.name} is not a file." if path.exists() else f"{path.name} does not exist.")
         size = path.stat().st_size
         if size > limit:
-            raise BadSubmission(f"{path.name} has {size / 2**20:.0f} MiB; the limit is {limit / 2**20:.0f} MiB. "
-                                "Clear the outputs and hand it in again.")
+            raise BadSubmission(
+                f"{path.name} has {size / 2**20:.0f} MiB; the limit is {limit / 2**20:.0f} MiB. "
+                "Clear the outputs and hand it in again."
+            )
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
@@ -67,8 +70,12 @@ def read_notebook(path: str | Path, limit: int = LIMIT) -> dict[str, Any]:
     cells = found.get("cells")
     sheets = found.get("worksheets")
     if not isinstance(cells, list) and isinstance(sheets, list):  # format 3 and older
-        cells = [cell for sheet in sheets if isinstance(sheet, dict) and isinstance(sheet.get("cells"), list)
-                 for cell in sheet["cells"]]
+        cells = [
+            cell
+            for sheet in sheets
+            if isinstance(sheet, dict) and isinstance(sheet.get("cells"), list)
+            for cell in sheet["cells"]
+        ]
     if not isinstance(cells, list):
         raise BadSubmission(f"{path.name} is JSON, but not a notebook: it has no list of cells.")
     if len(cells) > CELLS_LIMIT:
@@ -111,7 +118,11 @@ def identity(cell: Any, known: Iterable[str]) -> str | None:
     if not isinstance(cell, dict):
         return None
     metadata = cell.get("metadata") if isinstance(cell.get("metadata"), dict) else {}
-    for name in (_nbgrader(cell).get("grade_id"), cell.get("id"), metadata.get("id")):  # Colab keeps the id in the metadata
+    for name in (
+        _nbgrader(cell).get("grade_id"),
+        cell.get("id"),
+        metadata.get("id"),
+    ):  # Colab keeps the id in the metadata
         if isinstance(name, str) and name in known:
             return name
     return marked(cell_source(cell), known)
@@ -162,12 +173,20 @@ def splice(pristine: Any, submitted: Any, previous: Any = None) -> tuple[Any, li
         elif _differs(f"check-{name}", cells, who, ours):
             repairs.add("The check cell had been edited and is put back as it was", name)
     texts = {_squeeze(text) for text in ours.values()}
-    extra = sum(1 for cell, name in zip(cells, who, strict=True)
-                if name is None and isinstance(cell, dict) and cell.get("cell_type") == "code"
-                and _squeeze(cell_source(cell)) not in texts and _squeeze(cell_source(cell)))
+    extra = sum(
+        1
+        for cell, name in zip(cells, who, strict=True)
+        if name is None
+        and isinstance(cell, dict)
+        and cell.get("cell_type") == "code"
+        and _squeeze(cell_source(cell)) not in texts
+        and _squeeze(cell_source(cell))
+    )
     if extra:
-        repairs.add(f"{extra} code cell{'s' * (extra > 1)} of your own {'is' if extra == 1 else 'are'} left out: only the answer "
-                    "cells are taken")
+        repairs.add(
+            f"{extra} code cell{'s' * (extra > 1)} of your own {'is' if extra == 1 else 'are'} left out: "
+            "only the answer cells are taken"
+        )
     return result, repairs.sentences()
 
 
@@ -181,7 +200,9 @@ class _Repairs:
         self._about.setdefault(sentence, []).extend([name] if name else [])
 
     def sentences(self) -> list[str]:
-        return [f"{sentence} ({', '.join(names)})." if names else f"{sentence}." for sentence, names in self._about.items()]
+        return [
+            f"{sentence} ({', '.join(names)})." if names else f"{sentence}." for sentence, names in self._about.items()
+        ]
 
 
 def _answer(name: str, cells: list[Any], who: list[str | None], stub: str, repairs: _Repairs) -> str | None:
@@ -212,11 +233,16 @@ def _answer(name: str, cells: list[Any], who: list[str | None], stub: str, repai
     written = [n for n in text if _squeeze(text[n]) != _squeeze(stub)]
     if not written:
         return None
-    before = [n for n in written if n < checked]  # what the check would have seen when the notebook ran from top to bottom
+    before = [
+        n for n in written if n < checked
+    ]  # what the check would have seen when the notebook ran from top to bottom
     chosen = before[-1] if before else written[0]
     if len(readable) > 1:
-        taken = ("its parts were put together" if len(groups) == 1 else
-                 f"the {'last written one before its check' if before else 'first written one'} was taken")
+        taken = (
+            "its parts were put together"
+            if len(groups) == 1
+            else f"the {'last written one before its check' if before else 'first written one'} was taken"
+        )
         repairs.add(f"The answer cell occurs {len(readable)} times: {taken}", name)
     if len(text[chosen]) > CELL_LIMIT:
         repairs.add(f"The answer has more than {CELL_LIMIT:,} characters: it counts as not written", name)
@@ -225,8 +251,11 @@ def _answer(name: str, cells: list[Any], who: list[str | None], stub: str, repai
 
 
 def _differs(name: str, cells: list[Any], who: list[str | None], ours: dict[str, str | None]) -> bool:
-    return name in ours and any(_squeeze(cell_source(cell)) != _squeeze(ours[name])
-                                for cell, found in zip(cells, who, strict=True) if found == name)
+    return name in ours and any(
+        _squeeze(cell_source(cell)) != _squeeze(ours[name])
+        for cell, found in zip(cells, who, strict=True)
+        if found == name
+    )
 
 
 def _source_of(notebook: Any, name: str) -> str | None:

@@ -20,7 +20,7 @@ class Verdict:
     """What came of checking a work. `float(verdict)` and its text are the points, `bool(verdict)` whether it passed.
 
     `kind` is "passed", "blank" (not written yet), "raised", "missing", "extra", "type", "shape", "dtype", "value" or
-    "work" (what was handed to the check cannot be the work). `expected` and `got` are texts. `case_number` counts from 0.
+    "work" (what was handed to the check cannot be the work). `expected` and `got` are texts. `case_number` is from 0.
     """
 
     exercise: str
@@ -47,8 +47,17 @@ class Verdict:
     def of(cls, exercise: Exercise, kind: str, message: str, **more: Any) -> Verdict:
         """The verdict on a work for this exercise: all of its points when `kind` is "passed", else none."""
         passed = kind == "passed"
-        return cls(exercise.name, exercise.title, exercise.chapter, passed, exercise.points if passed else 0, exercise.points,
-                   kind, message, **more)
+        return cls(
+            exercise.name,
+            exercise.title,
+            exercise.chapter,
+            passed,
+            exercise.points if passed else 0,
+            exercise.points,
+            kind,
+            message,
+            **more,
+        )
 
     def __bool__(self) -> bool:
         return self.passed
@@ -57,7 +66,7 @@ class Verdict:
         return float(self.points)
 
     def __repr__(self) -> str:
-        return str(self.points)       # nbgrader reads the last expression of a graded cell as its score
+        return str(self.points)  # nbgrader reads the last expression of a graded cell as its score
 
     def to_dict(self) -> dict:
         """As plain JSON-able data."""
@@ -67,7 +76,8 @@ class Verdict:
     def headline(self) -> str:
         """ "✓ Passed · The forward pass of LoRA · 2 of 2 points" """
         mark, word, _ = LOOKS.get(self.kind, FAILED)
-        return f"{mark} {word} · {self.title} · {self.points} of {self.max_points} point{'' if self.max_points == 1 else 's'}"
+        points = "point" if self.max_points == 1 else "points"
+        return f"{mark} {word} · {self.title} · {self.points} of {self.max_points} {points}"
 
     @property
     def text(self) -> str:
@@ -96,24 +106,34 @@ class Verdict:
 
     @property
     def html(self) -> str:
-        """The verdict as one HTML box: inline style only, no script, nothing loaded; every text of the student's escaped."""
+        """The verdict as one HTML box: inline style only, no script, nothing loaded; the student's text escaped."""
         _, _, colour = LOOKS.get(self.kind, FAILED)
         parts = [f"<div><strong>{html.escape(self.headline)}</strong></div>"]
-        parts += [f"<div style='margin-top:.35em'>{_marked(paragraph)}</div>" for paragraph in _paragraphs(self.message)]
+        parts += [
+            f"<div style='margin-top:.35em'>{_marked(paragraph)}</div>" for paragraph in _paragraphs(self.message)
+        ]
         if self._side_by_side:
-            cells = "".join(f"<div><div style='opacity:.75'>{name}</div>{_pre(text)}</div>"
-                            for name, text in (("expected", self.expected), ("got", self.got)))
+            cells = "".join(
+                f"<div><div style='opacity:.75'>{name}</div>{_pre(text)}</div>"
+                for name, text in (("expected", self.expected), ("got", self.got))
+            )
             parts.append(f"<div style='display:flex;flex-wrap:wrap;gap:1.5em;margin-top:.35em'>{cells}</div>")
         if self.printed and not self.passed:
-            parts.append(f"<details style='margin-top:.35em'><summary>what your code printed</summary>{_pre(self.printed)}</details>")
+            parts.append(
+                f"<details style='margin-top:.35em'><summary>what your code printed</summary>"
+                f"{_pre(self.printed)}</details>"
+            )
         small = []
         if self.case:
             small.append(html.escape(self.case[:1].upper() + self.case[1:]))
             small.append(f"These inputs to try it yourself: <code>{html.escape(self._call)}</code>")
         small += [html.escape(self.progress)] if self.progress else []
         parts += [f"<div style='margin-top:.35em;font-size:90%;opacity:.8'>{line}</div>" for line in small]
-        return (f"<div role='status' style='border-left:5px solid rgb({colour});background:rgba({colour},.09);color:inherit;"
-                f"padding:.5em .9em;margin:.2em 0;line-height:1.4;max-width:60em'>{''.join(parts)}</div>")
+        return (
+            f"<div role='status' style='border-left:5px solid rgb({colour});background:rgba({colour},.09);"
+            "color:inherit;"
+            f"padding:.5em .9em;margin:.2em 0;line-height:1.4;max-width:60em'>{''.join(parts)}</div>"
+        )
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self.html}
@@ -124,8 +144,10 @@ def _indent(text: str | None) -> list[str]:
 
 
 def _pre(text: str | None) -> str:
-    return ("<pre style='background:rgba(128,128,128,.13);color:inherit;padding:.4em .6em;margin:.15em 0;overflow-x:auto'>"
-            f"{html.escape(text or '')}</pre>")
+    return (
+        "<pre style='background:rgba(128,128,128,.13);color:inherit;padding:.4em .6em;margin:.15em 0;overflow-x:auto'>"
+        f"{html.escape(text or '')}</pre>"
+    )
 
 
 def _paragraphs(message: str) -> list[str]:

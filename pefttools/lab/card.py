@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 from collections import defaultdict
@@ -47,11 +48,17 @@ def measure(work: Path, model, tokenizer) -> dict:
     groups = defaultdict(list)
     for name, text in zip(names, texts):
         groups["standard library" if name.startswith("python/") else "packages"].append(text)
-    out = {}
-    for group, members in {"all held-out files": texts, **groups}.items():
+    out, bits, nats, tokens = {}, 0.0, 0.0, 0.0
+    for group, members in groups.items():
         bpb, loss = bits_per_byte(model, tokenizer, members)
-        out[group] = {"files": len(members), "bytes": sum(len(t.encode()) for t in members),
-                      "bits_per_byte": round(bpb, 4), "loss_nats_per_token": round(loss, 4)}
+        size = sum(len(t.encode()) for t in members)
+        out[group] = {"files": len(members), "bytes": size, "bits_per_byte": round(bpb, 4), "loss_nats_per_token": round(loss, 4)}
+        bits += bpb * size
+        nats += bpb * size * math.log(2)
+        tokens += bpb * size * math.log(2) / loss
+    size = sum(row["bytes"] for row in out.values())
+    out = {"all held-out files": {"files": len(texts), "bytes": size, "bits_per_byte": round(bits / size, 4),
+                                  "loss_nats_per_token": round(nats / tokens, 4)}, **out}
     return out
 
 

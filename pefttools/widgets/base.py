@@ -3,8 +3,9 @@
     show(spectrum_figure(W), alt="Singular values of W: the first 8 carry 95 % of the energy.")
     slider_figure(draw, alt="…", rank=Slider(8, 1, 64), alpha=Slider(16, 1, 128))
 
-`draw(**values)` is a pure function that returns a Matplotlib figure. The first frame is drawn at once, without a front end;
-where ipywidgets and a front end are there, controls follow. Only core widgets are used: they work in Colab and VS Code.
+`draw(**values)` is a pure function that returns a Matplotlib figure. The first frame is drawn at once, without a front
+end; where ipywidgets and a front end are there, controls follow. Only core widgets are used: they work in Colab and VS
+Code.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def show(fig: Figure, alt: str, dpi: int = DPI) -> None:
 
 
 def render(fig: Figure, alt: str, dpi: int = DPI) -> dict[str, str]:
-    """The figure as a Jupyter MIME bundle (text/html with the alt text, image/png, text/plain), and closed; shows nothing."""
+    """The figure as a Jupyter MIME bundle: text/html with the alt text, image/png, text/plain. Closes it."""
     if not isinstance(alt, str) or not alt.strip():
         raise ValueError(f"alt is {alt!r}: say in a sentence what the figure shows, for readers who do not see it")
     if not callable(getattr(fig, "savefig", None)):
@@ -52,15 +53,17 @@ def render(fig: Figure, alt: str, dpi: int = DPI) -> dict[str, str]:
 
 
 def image_tag(png: str, alt: str) -> str:
-    """An <img> that holds its picture (base64 PNG) and its alt text. White behind it: axes are black in dark themes too."""
-    return (f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{png}" '
-            'style="max-width:100%;height:auto;background:white">')
+    """An <img> that holds its picture (base64 PNG) and its alt text, on white: axes are black in dark themes too."""
+    return (
+        f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{png}" '
+        'style="max-width:100%;height:auto;background:white">'
+    )
 
 
 def _close(fig: Figure) -> None:
     import matplotlib.pyplot as plt
 
-    plt.close(fig)      # else the inline backend shows it a second time, without its alt text
+    plt.close(fig)  # else the inline backend shows it a second time, without its alt text
 
 
 def _display(bundle: dict, alt: str) -> None:
@@ -84,7 +87,9 @@ class Slider:
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high or self.low == self.high:
-            raise ValueError(f"Slider: value {self.value} must lie between low {self.low} and high {self.high}, and these must differ")
+            raise ValueError(
+                f"Slider: value {self.value} must lie between low {self.low} and high {self.high}, which must differ"
+            )
 
     @property
     def whole(self) -> bool:
@@ -95,10 +100,14 @@ class Slider:
 class SliderFigure:
     """A figure with controls. `frame(**values)` is one picture of it as a MIME bundle, and needs no front end."""
 
-    def __init__(self, draw: Callable[..., Figure], alt: str | Callable[..., str], title: str, sliders: dict[str, Any]) -> None:
+    def __init__(
+        self, draw: Callable[..., Figure], alt: str | Callable[..., str], title: str, sliders: dict[str, Any]
+    ) -> None:
         self.draw, self.alt, self.title = draw, alt, title
         self.sliders = {name: _slider(name, given) for name, given in sliders.items()}
-        self.start = {name: slider.value if isinstance(slider, Slider) else slider[0] for name, slider in self.sliders.items()}
+        self.start = {
+            name: slider.value if isinstance(slider, Slider) else slider[0] for name, slider in self.sliders.items()
+        }
 
     def alt_text(self, **values: Any) -> str:
         """The alt text for these values, the starting ones where none are given."""
@@ -126,7 +135,7 @@ class SliderFigure:
         def redraw(change: dict) -> None:
             try:
                 picture.value = self.frame(**{name: control.value for name, control in inputs.items()})["text/html"]
-            except Exception as error:      # in a callback it would be lost, and the picture silently wrong
+            except Exception as error:  # in a callback it would be lost, and the picture silently wrong
                 picture.value = f"<pre>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
 
         for control in inputs.values():
@@ -144,15 +153,17 @@ class SliderFigure:
         _display(bundle, self.alt_text())
 
 
-def slider_figure(draw: Callable[..., Figure], alt: str | Callable[..., str], title: str = "", **sliders: Any) -> SliderFigure:
-    """Show `draw(**values)` with a control for every value; returns the `SliderFigure`, on which tests call `.frame(…)`.
+def slider_figure(
+    draw: Callable[..., Figure], alt: str | Callable[..., str], title: str = "", **sliders: Any
+) -> SliderFigure:
+    """Show `draw(**values)` with a control for every value; returns the `SliderFigure`: tests call its `.frame(…)`.
 
     Args:
         draw: pure function of the values, returns a Matplotlib figure.
         alt: alt text, or a function of the values that gives it.
         title: a line above the controls.
-        sliders: `Slider(start, low, high, step, label)` or (low, high, start); a list of choices, the first is the start
-            (numbers make a slider over just these, texts a drop-down); True or False for a check box.
+        sliders: `Slider(start, low, high, step, label)` or (low, high, start); a list of choices, the first is the
+            start (numbers make a slider over just these, texts a drop-down); True or False for a check box.
     """
     figure = SliderFigure(draw, alt, title, sliders)
     figure.show()
@@ -169,7 +180,9 @@ def _slider(name: str, given: Any) -> Any:
         return Slider(start, low, high)
     if isinstance(given, list) and given:
         return given
-    raise TypeError(f"{name} is {given!r}; it must be a Slider, (low, high, start), a list of choices, or True or False")
+    raise TypeError(
+        f"{name} is {given!r}; it must be a Slider, (low, high, start), a list of choices, or True or False"
+    )
 
 
 def _control(ipywidgets: Any, name: str, slider: Any) -> Any:
@@ -178,12 +191,20 @@ def _control(ipywidgets: Any, name: str, slider: Any) -> Any:
         label = slider.label or name.replace("_", " ")
         kind = ipywidgets.IntSlider if slider.whole else ipywidgets.FloatSlider
         step = slider.step or (1 if slider.whole else (slider.high - slider.low) / 100)
-        return kind(value=slider.value, min=slider.low, max=slider.high, step=step, description=label,
-                    continuous_update=False, style=style)
+        return kind(
+            value=slider.value,
+            min=slider.low,
+            max=slider.high,
+            step=step,
+            description=label,
+            continuous_update=False,
+            style=style,
+        )
     label = name.replace("_", " ")
     if isinstance(slider, tuple):
         return ipywidgets.Checkbox(value=slider[0], description=label, indent=False)
     if all(type(choice) in (int, float) for choice in slider):
-        return ipywidgets.SelectionSlider(options=sorted(slider), value=slider[0], description=label,
-                                          continuous_update=False, style=style)
+        return ipywidgets.SelectionSlider(
+            options=sorted(slider), value=slider[0], description=label, continuous_update=False, style=style
+        )
     return ipywidgets.Dropdown(options=slider, value=slider[0], description=label, style=style)

@@ -21,7 +21,7 @@ LOOK = {  # kind → face colour, hatch, line style, line width
     "padding": ("white", None, (0, (2, 2)), 0.8),
     "pad target": ("#F4B9A0", "xxxx", (0, (2, 2)), 0.8),
 }
-SAYS = {"prompt": "prompt: label −100", "target": "answer: a target", "end": "end-of-text: a target too",
+SAYS = {"prompt": "prompt: label −100", "target": "target: label = id", "end": "end-of-text: a target too",
         "padding": "padding: label −100", "pad target": "padding taken as a target"}
 IGNORE = -100
 
@@ -244,9 +244,10 @@ def loss_pair(ours: Sequence[float], theirs: Sequence[float], names=("our loop",
     top.plot(steps, theirs, color=BLUE, lw=1.4, ls="--", label=names[1])
     top.set(ylabel="loss", ylim=(0, None))
     top.legend(frameon=False)
-    gap = [max(abs(a - b), 1e-9) for a, b in zip(ours, theirs)]
+    gap = [max(abs(a - b), 1e-8) for a, b in zip(ours, theirs)]      # zero has no place on a logarithmic axis
     bottom.semilogy(steps, gap, color=INK, lw=1, marker=".", ms=4)
-    bottom.set(xlabel="optimizer step", ylabel="|difference|", ylim=(1e-8, 1))
+    bottom.set(xlabel="optimizer step", ylabel="|difference|", ylim=(5e-9, 1))
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for ax in (top, bottom):
         ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -259,7 +260,7 @@ def before_after_bars(scores: Mapping[str, tuple[tuple[int, int], tuple[int, int
     for y, (group, (before, after)) in enumerate(scores.items()):
         a, b = (100 * p / max(1, n) for p, n in (before, after))
         ax.plot((a, b), (y, y), color="0.6", lw=1.4, zorder=1)
-        ax.scatter(a, y, s=52, marker="o", fc="white", ec=INK, zorder=2, label="before" if not y else None)
+        ax.scatter(a, y, s=130, marker="o", fc="white", ec=INK, lw=1.4, zorder=2, label="before" if not y else None)
         ax.scatter(b, y, s=60, marker="D", color=BLUE, zorder=3, label="after" if not y else None)
         ax.text(104, y, f"{after[0]} of {after[1]}", va="center", fontsize=8.5)
     ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlim=(-4, 118), xticks=range(0, 101, 20), xlabel="pass@1, %")

@@ -6,6 +6,7 @@ what is frozen is grey and hatched, so that the pictures read without colour too
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 TRAINED, FROZEN, INK = "#E69F00", "#D9D9D9", "#222222"  # Okabe and Ito's orange; grey; near black
@@ -90,7 +91,7 @@ def rank_alpha_figure(r: int = 4, alpha: float = 16):
     fig = _figure(10.2, 3.5)
     left, middle, right = fig.subplots(1, 3, width_ratios=(1.35, 1.3, 1))
 
-    image = left.imshow(delta, cmap="PuOr", vmin=-6, vmax=6, aspect="equal", interpolation="nearest")
+    image = left.imshow(delta.numpy(), cmap="PuOr", vmin=-6, vmax=6, aspect="equal", interpolation="nearest")
     fig.colorbar(image, ax=left, shrink=0.6, label="size of an entry", extend="both", location="bottom")
     left.set(title=f"ΔW = {alpha:g}/{r} · B·A", xlabel=f"$d_{{in}}$ = {WIDTH}", ylabel=f"$d_{{out}}$ = {HEIGHT}", xticks=[], yticks=[])
 
@@ -169,8 +170,8 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], r: int):
         colour = (BLUE, TRAINED, GREEN)[i % 3]
         for k, values in enumerate(many):
             values = [v / values[0] for v in values]
-            ax.plot(range(1, len(values) + 1), values, LINES[i % 4], marker=MARKERS[i % 5], ms=3, lw=1, color=colour,
-                    alpha=0.7, label=name if k == 0 else None)
+            ax.plot(range(1, len(values) + 1), values, LINES[i % 4], marker=MARKERS[i % 5], ms=(7, 3, 3)[i % 3],
+                    lw=1, color=colour, alpha=0.7, label=name if k == 0 else None)
     ax.axvline(r + 0.5, color=VERMILION, ls="--", lw=1.2)
     ax.text(r + 0.8, 1.1, f"rank r = {r}", color=VERMILION, fontsize=9, va="bottom")
     ax.set(xlabel="number of the singular value", ylabel="share of the largest", yscale="log", ylim=(1e-8, 5), xlim=(0, 4 * r))
@@ -189,7 +190,8 @@ def latency_figure(ratios: Mapping[str, Mapping[str, Sequence[float]]]):
     for ax, (setting, variants) in zip(axes, ratios.items()):
         for y, (name, values) in enumerate(reversed(variants.items())):
             values = sorted(values)
-            low, middle, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.5, 0.9))
+            low, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.9))
+            middle = statistics.median(values)
             ax.plot([low, high], [y, y], color=BLUE, lw=3, alpha=0.4, solid_capstyle="butt")
             ax.plot(middle, y, "D", color=BLUE, ms=7)
             ax.annotate(f"{middle:.2f}", (middle, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)

@@ -228,7 +228,7 @@ def memory_by_recipe(billions: float = 7, adapter_percent: float = 0.5):
     for row, ((name, gigabytes), (colour, hatch)) in enumerate(zip(sizes.items(), styles)):
         ax.barh(row, gigabytes, color=colour, hatch=hatch, ec="white", height=0.62)
         ax.text(gigabytes * 1.06, row, f"{gigabytes:,.1f} GB, {what_fits(gigabytes)}", va="center", fontsize=9,
-                bbox={"fc": "white", "ec": "none", "pad": 0.8, "alpha": 0.85}, zorder=4)
+                bbox={"fc": "white", "ec": "none", "pad": 0.8}, zorder=4)
     for (name, size), style in zip(GPUS.items(), (":", "--", "-.")):
         ax.axvline(size, color=INK, ls=style, lw=1.2, zorder=3)
         side = {"T4": "right", "A100": "left"}.get(name, "center")  # they lie close on this axis

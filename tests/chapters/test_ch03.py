@@ -49,6 +49,18 @@ def test_a_blank_answer_is_not_written_yet(name):
     assert verdict.points == 0 and "not written" in verdict.message.lower()
 
 
+@pytest.mark.parametrize(("name", "work", "said"), [
+    ("format-example", lambda row: None, "(prompt, answer)"),
+    ("mask-labels", lambda p, a, b, e, m: {"input_ids": p}, "this returned one dict"),
+    ("collate", lambda rows, pad: [rows], "return a dict"),
+    ("training-step", lambda *a: None, "function without `return`"),
+    ("save-and-reload", (lambda *a: None, lambda *a: None), "files in the folder"),
+])
+def test_an_answer_of_the_wrong_form_is_told_what_is_wanted(name, work, said):
+    verdict = check(name, work)
+    assert verdict.points == 0 and said in verdict.message, verdict.message
+
+
 @pytest.mark.parametrize("question", ch.QUESTIONS, ids=lambda q: q.name)
 def test_questions_explain_every_option(question):
     assert check(question.name, question.right).passed

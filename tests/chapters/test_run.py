@@ -3,6 +3,7 @@
 One run serves both questions, since a run takes a minute: nbgrader's Execute is nbclient. The runs are quick ones
 (PEFTTOOLS_QUICK=1 shortens training, same code path), offline, in a temporary folder.
 """
+
 from __future__ import annotations
 
 import json
@@ -29,8 +30,8 @@ every_chapter = pytest.mark.parametrize("path", sources(ROOT), ids=lambda path: 
 def graded(path, notebook, folder, config=""):
     """(row of the table, executed notebook, processor seconds) of one hand-in.
 
-    On a machine that is busy with other things the wall clock says little, and processor time bounds what it would say on
-    a quiet one: the lesser of the two is held against LIMIT.
+    On a machine that is busy with other things the wall clock says little, and processor time bounds what it would say
+    on a quiet one: the lesser of the two is held against LIMIT.
     """
     out = folder / "grading"
     with write_config(ROOT, out).open("a") as file:
@@ -41,10 +42,14 @@ def graded(path, notebook, folder, config=""):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     (row,) = grade(hand_in.parent, path.stem, out, root=ROOT, log=lambda text: None)
     assert row.status == "graded", row.problem
-    executed = json.loads((out / "autograded" / "reader" / path.stem / f"{path.stem[3:]}.ipynb").read_text(encoding="utf-8"))
+    executed = json.loads(
+        (out / "autograded" / "reader" / path.stem / f"{path.stem[3:]}.ipynb").read_text(encoding="utf-8")
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{path.stem}: {row.score:g} of {row.max_score:g} points in {row.seconds:.0f} s, {busy:.0f} s of processor time")
+    print(
+        f"{path.stem}: {row.score:g} of {row.max_score:g} points in {row.seconds:.0f} s, {busy:.0f} s of processor time"
+    )
     return row, executed, busy
 
 
@@ -59,8 +64,11 @@ def text_of(value):
 
 
 def errors(notebook):
-    return [f"{cell}: {output['ename']}: {output['evalue']}\n{source[:400]}" for cell, source, output in outputs(notebook)
-            if output["output_type"] == "error"]
+    return [
+        f"{cell}: {output['ename']}: {output['evalue']}\n{source[:400]}"
+        for cell, source, output in outputs(notebook)
+        if output["output_type"] == "error"
+    ]
 
 
 def scores(notebook):
@@ -68,16 +76,20 @@ def scores(notebook):
     found = {}
     for cell in notebook["cells"]:
         if check_name(cell):
-            shown = [float(text_of(o["data"]["text/plain"])) for o in cell["outputs"] if o["output_type"] == "execute_result"]
+            shown = [
+                float(text_of(o["data"]["text/plain"])) for o in cell["outputs"] if o["output_type"] == "execute_result"
+            ]
             found[check_name(cell)] = shown[0] if len(shown) == 1 else shown
     return found
 
 
 @every_chapter
 def test_solved(path, tmp_path):
-    """All points, no error, in time; figures have alt texts. With nbgrader's own setting for stderr: a single line on it in
-    a check cell would cost that check's points here, as it does where somebody grades with stock nbgrader."""
-    row, notebook, busy = graded(path, read_chapter(path).notebook, tmp_path, config="c.IgnorePattern.enabled = False\n")
+    """All points, no error, in time; figures have alt texts. With nbgrader's own setting for stderr: a single line on
+    it in a check cell would cost that check's points here, as it does where somebody grades with stock nbgrader."""
+    row, notebook, busy = graded(
+        path, read_chapter(path).notebook, tmp_path, config="c.IgnorePattern.enabled = False\n"
+    )
     assert errors(notebook) == []
     entries = registry(path.stem)
     assert scores(notebook) == {name: entry.points for name, entry in entries.items()}
@@ -110,7 +122,7 @@ def test_blank(path, tmp_path):
 
 @every_chapter
 def test_a_hand_in_without_metadata_scores_the_same(path, tmp_path):
-    """What is left of a solved notebook after a tool that keeps only sources: the splice brings it back, cell by cell."""
+    """What is left of a solved notebook after a tool that keeps only sources: the splice brings back every answer."""
     from pefttools.grading.splice import splice
 
     solved, pristine = read_chapter(path).notebook, release(read_chapter(path))

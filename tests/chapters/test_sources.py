@@ -1,4 +1,5 @@
 """Every chapter, without running it: builds, is what is released, leaks nothing, and has what every chapter has."""
+
 from __future__ import annotations
 
 import ast
@@ -64,8 +65,11 @@ def test_every_chapter_with_exercises_has_a_source():
 
 def test_course_holds_the_chapters_and_nothing_else():
     wanted = {chapter(path).released for path in CHAPTERS}
-    found = {file.relative_to(ROOT).as_posix() for file in (ROOT / "course").rglob("*")
-             if file.is_file() and ".ipynb_checkpoints" not in file.parts}
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "course").rglob("*")
+        if file.is_file() and ".ipynb_checkpoints" not in file.parts
+    }
     assert found == wanted, "run `make build`"
 
 
@@ -149,7 +153,9 @@ def test_the_first_exercise_succeeds_within_five_minutes(path):
 def test_hints_are_a_ladder(path):
     """Every exercise that takes thought has its hints from a nudge to almost the code."""
     levels: dict[str, list[str]] = {}
-    for name, level in re.findall(r'(?m)^# %% \[markdown\] hint="([^"]+)" level="([^"]+)"', path.read_text(encoding="utf-8")):
+    for name, level in re.findall(
+        r'(?m)^# %% \[markdown\] hint="([^"]+)" level="([^"]+)"', path.read_text(encoding="utf-8")
+    ):
         levels.setdefault(name, []).append(level)
     for entry in registry(path.stem).values():
         if not is_question(entry):
@@ -176,13 +182,15 @@ def test_every_figure_has_an_alt_text(path):
             assert not (isinstance(alt, ast.Constant) and not str(alt.value).strip()), f"{cell}: an empty alt text"
             shown += 1
         owner = getattr(getattr(call.func, "value", None), "id", "")
-        assert not (name_of(call) == "show" and owner in ("plt", "fig", "figure")), f"{cell}: use show(fig, alt=…), not {owner}.show()"
+        assert not (name_of(call) == "show" and owner in ("plt", "fig", "figure")), (
+            f"{cell}: use show(fig, alt=…), not {owner}.show()"
+        )
     assert shown, "a chapter without a single figure"
 
 
 @every_chapter
 def test_plain_markdown_only(path):
-    """What renders in JupyterLab, VS Code, Colab and on GitHub: no MyST, no HTML but drop-downs, no images from files."""
+    """What renders in JupyterLab, VS Code, Colab and on GitHub: no MyST, no HTML but drop-downs, no image files."""
     for cell, text in of_kind(path, "markdown"):
         prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
         assert prose.count("$$") % 2 == 0, f"{cell}: an odd number of $$"
@@ -216,4 +224,6 @@ def test_the_length_switch_is_used_for_training(path):
     for cell, call in calls(path):
         if name_of(call) == "train" and any(word.arg == "steps" for word in call.keywords):
             value = next(word.value for word in call.keywords if word.arg == "steps")
-            assert not isinstance(value, ast.Constant), f"{cell}: train(steps={ast.unparse(value)}) ignores PEFTTOOLS_QUICK; use steps(full=…)"
+            assert not isinstance(value, ast.Constant), (
+                f"{cell}: train(steps={ast.unparse(value)}) ignores PEFTTOOLS_QUICK; use steps(full=…)"
+            )

@@ -1,4 +1,5 @@
 """A tiny chapter that needs neither torch nor the registry, for the tests of build, splice and grade."""
+
 from __future__ import annotations
 
 import json
@@ -13,15 +14,35 @@ TINY = Path(__file__).parent / "fixtures" / "01_tiny.py"
 
 
 def exercise(name, title, points, difficulty=1):
-    return Exercise(name=name, chapter="01_tiny", title=title, points=points, minutes=3, difficulty=difficulty,
-                    inputs=lambda rng: [{}], probe=lambda work, case: None, reference=1)
+    return Exercise(
+        name=name,
+        chapter="01_tiny",
+        title=title,
+        points=points,
+        minutes=3,
+        difficulty=difficulty,
+        inputs=lambda rng: [{}],
+        probe=lambda work, case: None,
+        reference=1,
+    )
 
 
 def entries(chapter="01_tiny"):
     """The tiny chapter's registry. Its notebook brings a check of its own, so that no test waits for torch."""
-    question = Question(name="tiny-q-even", chapter="01_tiny", points=1, text="Which is even?", right="b",
-                        options={"a": ("3", "Odd."), "b": ("4", "Yes.")})
-    every = [exercise("tiny-double", "Twice", 2), exercise("tiny-box", "A box", 3, 2), exercise("tiny-total", "A sum", 1), question]
+    question = Question(
+        name="tiny-q-even",
+        chapter="01_tiny",
+        points=1,
+        text="Which is even?",
+        right="b",
+        options={"a": ("3", "Odd."), "b": ("4", "Yes.")},
+    )
+    every = [
+        exercise("tiny-double", "Twice", 2),
+        exercise("tiny-box", "A box", 3, 2),
+        exercise("tiny-total", "A sum", 1),
+        question,
+    ]
     return {entry.name: entry for entry in every}
 
 

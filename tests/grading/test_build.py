@@ -1,4 +1,5 @@
 """The builder: what a chapter's source becomes, and what it refuses."""
+
 from __future__ import annotations
 
 import ast
@@ -39,7 +40,9 @@ def test_title_block_says_what_the_reader_needs_to_know(tiny):
     assert title.startswith("[![")
     assert "colab.research.google.com/github/" in title and "/course/01_tiny/tiny.ipynb" in title
     assert "# 01 · A tiny chapter" in title
-    assert "About 2 minutes · 7 points in 3 exercises and 1 question · needs [00_start](../00_start/start.ipynb)" in title
+    assert (
+        "About 2 minutes · 7 points in 3 exercises and 1 question · needs [00_start](../00_start/start.ipynb)" in title
+    )
 
 
 def test_setup_cell_does_nothing_outside_colab(tiny, monkeypatch):
@@ -64,7 +67,11 @@ def test_answer_and_check_cells_carry_nbgraders_metadata(tiny):
     found = cells(tiny.pristine())
     for name, points in {"tiny-double": 2, "tiny-box": 3, "tiny-total": 1, "tiny-q-even": 1}.items():
         answer, check = found[name]["metadata"], found[f"check-{name}"]["metadata"]
-        assert answer["nbgrader"]["grade_id"] == name and answer["nbgrader"]["solution"] and not answer["nbgrader"]["grade"]
+        assert (
+            answer["nbgrader"]["grade_id"] == name
+            and answer["nbgrader"]["solution"]
+            and not answer["nbgrader"]["grade"]
+        )
         assert check["nbgrader"]["grade_id"] == f"check-{name}" and check["nbgrader"]["points"] == points
         assert check["nbgrader"]["grade"] and check["nbgrader"]["locked"] and not check["nbgrader"]["solution"]
         assert check["editable"] is False and check["deletable"] is False and "editable" not in answer
@@ -167,28 +174,58 @@ def test_the_text_is_what_nbconvert_writes(tiny):
 
 
 REFUSED = {
-    "unknown exercise": ('exercise="tiny-box"', 'exercise="tiny-bix"', r"'tiny-bix' is not an exercise.*known are: .*tiny-box"),
-    "unknown hint": ('hint="tiny-double" level="nudge"', 'hint="tiny-dubble" level="nudge"', "'tiny-dubble' is not an exercise"),
+    "unknown exercise": (
+        'exercise="tiny-box"',
+        'exercise="tiny-bix"',
+        r"'tiny-bix' is not an exercise.*known are: .*tiny-box",
+    ),
+    "unknown hint": (
+        'hint="tiny-double" level="nudge"',
+        'hint="tiny-dubble" level="nudge"',
+        "'tiny-dubble' is not an exercise",
+    ),
     "hint without level": (' level="nudge"', "", "needs a level: nudge, shape, code"),
     "unknown marker": ('level="nudge"', 'levle="nudge"', "unknown marker 'levle'"),
-    "no check": ('# %% check="tiny-total"\ncheck("tiny-total", total_of_numbers)\n', "", "'tiny-total' has no check cell"),
-    "check first": ('# %% check="tiny-box"\ncheck("tiny-box", Box)', '# %%\nprint()', "'tiny-box' has no check cell"),
-    "twice": ('# %% exercise="tiny-total"', '# %% exercise="tiny-box"', r"exercise='tiny-box' occurs twice; first in line \d+"),
+    "no check": (
+        '# %% check="tiny-total"\ncheck("tiny-total", total_of_numbers)\n',
+        "",
+        "'tiny-total' has no check cell",
+    ),
+    "check first": ('# %% check="tiny-box"\ncheck("tiny-box", Box)', "# %%\nprint()", "'tiny-box' has no check cell"),
+    "twice": (
+        '# %% exercise="tiny-total"',
+        '# %% exercise="tiny-box"',
+        r"exercise='tiny-box' occurs twice; first in line \d+",
+    ),
     "no description": ('# %% [markdown] exercise="tiny-total"', "# %% [markdown]", "'tiny-total' has no description"),
     "no end": ("    ### END SOLUTION\n\n\n# %% check", "\n# %% check", "BEGIN SOLUTION without END SOLUTION"),
     "no begin": ("    ### BEGIN SOLUTION\n    doubled", "    doubled", "END SOLUTION without BEGIN"),
-    "no region": ("### BEGIN SOLUTION a number\ntotal_of_numbers = sum(numbers)\n### END SOLUTION", "total_of_numbers = 3",
-                  "answer cell of 'tiny-total' has no ### BEGIN SOLUTION"),
-    "nested": ("    doubled_by_hand = x", "    ### BEGIN SOLUTION\n    doubled_by_hand = x", "inside a solution that has not ended"),
+    "no region": (
+        "### BEGIN SOLUTION a number\ntotal_of_numbers = sum(numbers)\n### END SOLUTION",
+        "total_of_numbers = 3",
+        "answer cell of 'tiny-total' has no ### BEGIN SOLUTION",
+    ),
+    "nested": (
+        "    doubled_by_hand = x",
+        "    ### BEGIN SOLUTION\n    doubled_by_hand = x",
+        "inside a solution that has not ended",
+    ),
     "unmarked solution": ('# %% exercise="tiny-total"\n', "# %%\n", "no exercise marker"),
     "check of nothing": ('check("tiny-box", Box)', 'check("tiny-box", Box);', 'must end in check\\("tiny-box"'),
     "check of another": ('check("tiny-box", Box)', 'check("tiny-double", Box)', 'must end in check\\("tiny-box"'),
-    "question as exercise": ('question="tiny-q-even"', 'exercise="tiny-q-even"', "'tiny-q-even' is a question; write question="),
+    "question as exercise": (
+        'question="tiny-q-even"',
+        'exercise="tiny-q-even"',
+        "'tiny-q-even' is a question; write question=",
+    ),
     "question with text": ('# %% question="tiny-q-even"\n', '# %% question="tiny-q-even"\nx = 1\n', "stays empty"),
     "no title": ("# title: A tiny chapter\n", "", "needs a title"),
     "broken head": ("# minutes: 2", "# minutes: [2", "not YAML"),
-    "half a statement": ("total_of_numbers = sum(numbers)", "total_of_numbers = (\n1)\nfor x in numbers:\n    pass\n### END SOLUTION\n    print(x)\n### BEGIN SOLUTION\ny = 1",
-                         "is not Python"),
+    "half a statement": (
+        "total_of_numbers = sum(numbers)",
+        "total = 1\nfor x in numbers:\n    pass\n### END SOLUTION\n    print(x)\n### BEGIN SOLUTION\ny = 1",
+        "is not Python",
+    ),
 }
 
 
@@ -212,7 +249,10 @@ def test_the_line_in_a_message_is_the_cells_own(tiny):
 
 def test_check_above_its_answer_is_refused(tiny):
     tiny.edit('# %% check="tiny-box"\ncheck("tiny-box", Box)\n', "")
-    tiny.edit("# %% [markdown] exercise=\"tiny-box\"", '# %% check="tiny-box"\ncheck("tiny-box", Box)\n\n# %% [markdown] exercise="tiny-box"')
+    tiny.edit(
+        '# %% [markdown] exercise="tiny-box"',
+        '# %% check="tiny-box"\ncheck("tiny-box", Box)\n\n# %% [markdown] exercise="tiny-box"',
+    )
     with pytest.raises(BuildError, match="'tiny-box' stands before its exercise cell"):
         tiny.read()
 
@@ -224,12 +264,15 @@ def test_an_exercise_that_the_chapter_never_uses_is_refused(tiny):
         tiny.read(registry)
 
 
-@pytest.mark.parametrize("where", [
-    "# %%\ndef twin(x):\n    doubled_by_hand = x + x\n    return doubled_by_hand\n",
-    "# %% [markdown]\n# The solution is\n# ```python\n# doubled_by_hand   = x+x\n# return doubled_by_hand\n# ```\n",
-    "# %%\nprint('the sum')\ntotal_of_numbers = sum(numbers)\n",
-    '# %%\n# tiny_q_even = "b"\nprint()\n',
-])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "# %%\ndef twin(x):\n    doubled_by_hand = x + x\n    return doubled_by_hand\n",
+        "# %% [markdown]\n# The solution is\n# ```python\n# doubled_by_hand   = x+x\n# return doubled_by_hand\n# ```\n",
+        "# %%\nprint('the sum')\ntotal_of_numbers = sum(numbers)\n",
+        '# %%\n# tiny_q_even = "b"\nprint()\n',
+    ],
+)
 def test_a_solution_that_leaks_is_refused(tiny, where):
     tiny.edit('# %% question="tiny-q-even"', f'{where}\n# %% question="tiny-q-even"')
     with pytest.raises(BuildError, match=r"01_tiny\.py:\d+: the solution leaks"):
@@ -239,8 +282,12 @@ def test_a_solution_that_leaks_is_refused(tiny, where):
 def test_more_than_half_of_a_solution_leaks_and_less_may_be_a_hint(tiny):
     released = tiny.release()
     solution = ["    a = f(x)\n    # why\n    b = g(a)\n    c = h(b)\n    return a + b + c"]
-    for text, leak in {"a = f(x)\nb = g(a)\nc=h(b)": True, "b = g(a)\n# then\nc=h(b)\n    return a+b + c": True,
-                       "a = f(x)\nb = g(a)": False, "a = f(x)\nc = h(b)\nb = g(a)": False}.items():
+    for text, leak in {
+        "a = f(x)\nb = g(a)\nc=h(b)": True,
+        "b = g(a)\n# then\nc=h(b)\n    return a+b + c": True,
+        "a = f(x)\nb = g(a)": False,
+        "a = f(x)\nc = h(b)\nb = g(a)": False,
+    }.items():
         released.cells[4].source = text
         assert bool(leaks(released, solution)) is leak, text
     assert leaks(released, ["    return q\n"]) == []
@@ -254,11 +301,21 @@ def test_leaks_finds_markers_outputs_and_metadata(tiny):
     assert {cell for cell, _ in leaks(released, tiny.read().solutions)} == {released.cells[3].id, released.cells[4].id}
 
 
-@pytest.mark.parametrize(("code", "good"), [
-    ('check("a", f)', True), ("x = 1\ngrading.check('a', f)  # yes", True), ('check("a", f)\n', True),
-    ('check("a", f);', False), ('check("b", f)', False), ('x = check("a", f)', False), ('check("a", f)\nx', False),
-    ("", False), ("check(", False), ("check(name, f)", False),
-])
+@pytest.mark.parametrize(
+    ("code", "good"),
+    [
+        ('check("a", f)', True),
+        ("x = 1\ngrading.check('a', f)  # yes", True),
+        ('check("a", f)\n', True),
+        ('check("a", f);', False),
+        ('check("b", f)', False),
+        ('x = check("a", f)', False),
+        ('check("a", f)\nx', False),
+        ("", False),
+        ("check(", False),
+        ("check(name, f)", False),
+    ],
+)
 def test_ends_in_check(code, good):
     assert ends_in_check(code, "a") is good
 

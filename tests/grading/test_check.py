@@ -30,10 +30,19 @@ def double_probe(work, case):
 
 
 def make(**changes):
-    fields = dict(name="check-double", chapter="99_test", title="Double it", points=2, minutes=1, difficulty=1, inputs=double_inputs,
-                  probe=double_probe, reference=lambda x, k: 2 * x,
-                  mistakes={"not doubled": (lambda x, k: x.clone(), "This is <x> itself: `x` & nothing else.")},
-                  alternatives={"sum": lambda x, k: x + x})
+    fields = dict(
+        name="check-double",
+        chapter="99_test",
+        title="Double it",
+        points=2,
+        minutes=1,
+        difficulty=1,
+        inputs=double_inputs,
+        probe=double_probe,
+        reference=lambda x, k: 2 * x,
+        mistakes={"not doubled": (lambda x, k: x.clone(), "This is <x> itself: `x` & nothing else.")},
+        alternatives={"sum": lambda x, k: x + x},
+    )
     return Exercise(**{**fields, **changes})
 
 
@@ -59,7 +68,9 @@ def test_a_value_that_is_not_there(work):
     assert verdict.kind == "blank" and verdict.points == 0 and "Not written yet" in verdict.message
 
 
-@pytest.mark.parametrize("message", ["check-double: not written yet", "not written yet", "", "TODO", "Not implemented."])
+@pytest.mark.parametrize(
+    "message", ["check-double: not written yet", "not written yet", "", "TODO", "Not implemented."]
+)
 def test_stubs(message):
     def stub(x, k):
         raise NotImplementedError(message)
@@ -85,8 +96,14 @@ def test_a_module_without_forward_is_no_stub():
 
 
 def test_dots_left_inside_an_answer():
-    both = make(name="check-both", probe=lambda work, case: dict(work), reference={"q": 1, "v": 2}, accepts="value", mistakes={},
-                alternatives={})
+    both = make(
+        name="check-both",
+        probe=lambda work, case: dict(work),
+        reference={"q": 1, "v": 2},
+        accepts="value",
+        mistakes={},
+        alternatives={},
+    )
     assert check(both, {"q": ..., "v": ...}).kind == "blank"
     verdict = check(both, {"q": 1, "v": ...})
     assert verdict.kind == "type" and "not written yet" in verdict.message
@@ -116,13 +133,30 @@ def test_the_last_line_in_the_students_code_is_shown():
 
 def test_wrong_arguments_and_wrong_results_are_explained():
     verdict = check(DOUBLE, lambda x: x)
-    assert verdict.kind == "raised" and verdict.place is None and "takes 1 positional argument but 2 were given" in verdict.message
-    shape = make(probe=lambda work, case: {"output": work(case["x"], case["k"]).sum()}, reference=lambda x, k: x, mistakes={})
+    assert (
+        verdict.kind == "raised"
+        and verdict.place is None
+        and "takes 1 positional argument but 2 were given" in verdict.message
+    )
+    shape = make(
+        probe=lambda work, case: {"output": work(case["x"], case["k"]).sum()}, reference=lambda x, k: x, mistakes={}
+    )
     assert "without `return`" in check(shape, lambda x, k: None).message
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("bye"), GeneratorExit(), RecursionError(), MemoryError(), StopIteration(),
-                                   BaseException("base"), Warning("w")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(0),
+        SystemExit("bye"),
+        GeneratorExit(),
+        RecursionError(),
+        MemoryError(),
+        StopIteration(),
+        BaseException("base"),
+        Warning("w"),
+    ],
+)
 def test_nothing_but_an_interrupt_gets_out(error):
     def work(x, k):
         raise error
@@ -169,7 +203,7 @@ def test_noise_stays_inside(capfd):
         return 2 * x
 
     logger = logging.getLogger("somewhere")
-    handler = logging.StreamHandler(sys.stderr)       # as libraries do: it keeps the stream of now
+    handler = logging.StreamHandler(sys.stderr)  # as libraries do: it keeps the stream of now
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -211,8 +245,14 @@ def test_the_state_of_the_notebook_is_left_alone():
 
 
 def test_the_state_of_the_notebook_does_not_matter():
-    grad = make(probe=lambda work, case: {"output": work(case["x"].requires_grad_(), case["k"]).requires_grad,
-                                          "new": str(torch.ones(1).dtype)}, reference=lambda x, k: x * 2, mistakes={})
+    grad = make(
+        probe=lambda work, case: {
+            "output": work(case["x"].requires_grad_(), case["k"]).requires_grad,
+            "new": str(torch.ones(1).dtype),
+        },
+        reference=lambda x, k: x * 2,
+        mistakes={},
+    )
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad():
@@ -274,9 +314,14 @@ def test_everything_of_the_student_is_escaped():
 
     Evil = type(attack, (), {})
     texts = make(probe=lambda work, case: work(), reference=lambda: {"t": "x"}, mistakes={})
-    for verdict in (verdict_on(DOUBLE, raises), verdict_on(DOUBLE, lambda x, k: Evil()), verdict_on(texts, lambda: {"t": attack}),
-                    verdict_on(texts, lambda: {attack: 1, "t": "x"}), verdict_on(texts, lambda: {"t": attack + "y" * 100}),
-                    verdict_on(make(accepts="value", probe=lambda work, case: work, reference=1, mistakes={}), attack)):
+    for verdict in (
+        verdict_on(DOUBLE, raises),
+        verdict_on(DOUBLE, lambda x, k: Evil()),
+        verdict_on(texts, lambda: {"t": attack}),
+        verdict_on(texts, lambda: {attack: 1, "t": "x"}),
+        verdict_on(texts, lambda: {"t": attack + "y" * 100}),
+        verdict_on(make(accepts="value", probe=lambda work, case: work, reference=1, mistakes={}), attack),
+    ):
         assert "<script" not in verdict.html and "<img" not in verdict.html
         assert "alert(1)" in verdict.html
 
@@ -295,14 +340,32 @@ def test_the_box_needs_nothing_from_outside_and_not_only_colour():
 # ── definitions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("change", "name"), [
-    ({"name": "Lora_Forward"}, "name"), ({"name": ""}, "name"), ({"chapter": "lora"}, "chapter"), ({"title": " "}, "title"),
-    ({"points": 0}, "points"), ({"points": 1.5}, "points"), ({"points": True}, "points"), ({"minutes": -1}, "minutes"),
-    ({"difficulty": 4}, "difficulty"), ({"inputs": None}, "inputs"), ({"probe": 3}, "probe"), ({"reference": None}, "reference"),
-    ({"mistakes": {"a": print}}, "mistakes"), ({"mistakes": {"a": (print, "")}}, "mistakes"), ({"mistakes": []}, "mistakes"),
-    ({"alternatives": [print]}, "alternatives"), ({"rtol": -1}, "rtol"), ({"atol": float("nan")}, "atol"),
-    ({"accepts": "method"}, "accepts"), ({"hides": "peft"}, "hides"), ({"hides": ["peft"]}, "hides"),
-])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"name": "Lora_Forward"}, "name"),
+        ({"name": ""}, "name"),
+        ({"chapter": "lora"}, "chapter"),
+        ({"title": " "}, "title"),
+        ({"points": 0}, "points"),
+        ({"points": 1.5}, "points"),
+        ({"points": True}, "points"),
+        ({"minutes": -1}, "minutes"),
+        ({"difficulty": 4}, "difficulty"),
+        ({"inputs": None}, "inputs"),
+        ({"probe": 3}, "probe"),
+        ({"reference": None}, "reference"),
+        ({"mistakes": {"a": print}}, "mistakes"),
+        ({"mistakes": {"a": (print, "")}}, "mistakes"),
+        ({"mistakes": []}, "mistakes"),
+        ({"alternatives": [print]}, "alternatives"),
+        ({"rtol": -1}, "rtol"),
+        ({"atol": float("nan")}, "atol"),
+        ({"accepts": "method"}, "accepts"),
+        ({"hides": "peft"}, "hides"),
+        ({"hides": ["peft"]}, "hides"),
+    ],
+)
 def test_a_bad_definition_says_what_is_wrong(change, name):
     with pytest.raises(ExerciseError, match=name):
         make(**change)
@@ -327,7 +390,7 @@ def test_works_given_by_name_are_imported_when_needed():
 
 
 def test_importing_the_package_imports_no_torch():
-    code = "import sys, pefttools.grading; print('torch' in sys.modules, 'ipywidgets' in sys.modules, 'IPython' in sys.modules)"
+    code = "import sys, pefttools.grading; print(*(x in sys.modules for x in ('torch', 'ipywidgets', 'IPython')))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.split() == ["False", "False", "False"], run.stderr
 
@@ -335,24 +398,25 @@ def test_importing_the_package_imports_no_torch():
 # ── the registry and progress ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-MODULE = '''
+MODULE = """
 import torch
 from pefttools.grading.exercise import Exercise
 from pefttools.grading.question import Question
 
 TITLE = "Test"
 EXERCISES = [Exercise(name=name, chapter="{chapter}", title=name, points=3, minutes=1, difficulty=1,
-                      inputs=lambda rng: [{{"x": 1}}], probe=lambda work, case: work(case["x"]), reference=lambda x: x + 1)
+                      inputs=lambda rng: [{{"x": 1}}], probe=lambda work, case: work(case["x"]),
+                      reference=lambda x: x + 1)
              for name in {names}]
 QUESTIONS = [Question("q-{chapter}".replace("_", "-"), "{chapter}", 1, "Which is it?", "b",
                       {{"a": ("this", "no, since it is that"), "b": ("that", "yes, since it is that")}})]
-'''
+"""
 
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
     """A registry over the modules of a folder of the test's own."""
-    import pefttools.grading.exercises.__main__      # while its package's own path still stands
+    import pefttools.grading.exercises.__main__  # noqa: F401 while its package's own path still stands
 
     monkeypatch.setattr(registry, "__path__", [str(tmp_path)])
     monkeypatch.setattr(registry, "_loaded", {})
@@ -388,7 +452,11 @@ def test_exercises_are_found(modules):
     modules("ch91_two", MODULE.format(chapter="91_two", names=["two-a"]))
     modules("notes", "1 / 0")
     assert registry.chapters() == ["90_one", "91_two"]
-    assert [entry.name for entry in registry.exercises("90_one")] == ["one-a", "one-b"] == [e.name for e in registry.exercises("90")]
+    assert (
+        [entry.name for entry in registry.exercises("90_one")]
+        == ["one-a", "one-b"]
+        == [e.name for e in registry.exercises("90")]
+    )
     assert [type(entry) for entry in registry.questions("91_two")] == [Question]
     assert registry.exercise("two-a").chapter == "91_two" and registry.title("90_one") == "90 Test"
     with pytest.raises(KeyError, match="Did you mean 'one-a' or 'one-b'|Did you mean 'one-"):
@@ -400,16 +468,27 @@ def test_a_broken_module_is_named_and_does_not_take_the_others_with_it(modules):
     modules("ch91_two", "import no_such_thing")
     assert check("one-a", lambda x: x + 1).passed
     assert [entry.name for entry in registry.exercises("90_one")] == ["one-a"]
-    for call in (registry.chapters, lambda: registry.exercises("91_two"), lambda: registry.exercises(), lambda: registry.exercise("two-a")):
-        with pytest.raises(registry.RegistryError, match="ch91_two cannot be used: ModuleNotFoundError: No module named 'no_such_thing'"):
+    for call in (
+        registry.chapters,
+        lambda: registry.exercises("91_two"),
+        lambda: registry.exercises(),
+        lambda: registry.exercise("two-a"),
+    ):
+        with pytest.raises(
+            registry.RegistryError,
+            match="ch91_two cannot be used: ModuleNotFoundError: No module named 'no_such_thing'",
+        ):
             call()
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    (MODULE.format(chapter="91_two", names=["one-a"]), "two exercises of the name 'one-a'"),
-    (MODULE.format(chapter="92_three", names=["x"]), "says chapter '92_three'"),
-    ("EXERCISES = [1]", "EXERCISES holds 1, which is no Exercise"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MODULE.format(chapter="91_two", names=["one-a"]), "two exercises of the name 'one-a'"),
+        (MODULE.format(chapter="92_three", names=["x"]), "says chapter '92_three'"),
+        ("EXERCISES = [1]", "EXERCISES holds 1, which is no Exercise"),
+    ],
+)
 def test_bad_modules(modules, text, words):
     modules("ch90_one", MODULE.format(chapter="90_one", names=["one-a"]))
     modules("ch91_two", text)
@@ -432,17 +511,21 @@ def test_progress_of_the_chapter(modules):
 
 # ── a notebook ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-CELLS = ["""
+CELLS = [
+    """
 import logging, sys, warnings
 import torch
 from pefttools.grading import Exercise, Question, ask, check
 double = Exercise(name="kernel-double", chapter="99_test", title="Double it", points=2, minutes=1, difficulty=1,
-                  inputs=lambda rng: [{"x": torch.randn(3, generator=rng)}], probe=lambda work, case: {"output": work(case["x"])},
-                  reference=lambda x: 2 * x, mistakes={"not doubled": (lambda x: x.clone(), "This is x itself.")})
+                  inputs=lambda rng: [{"x": torch.randn(3, generator=rng)}],
+                  probe=lambda work, case: {"output": work(case["x"])}, reference=lambda x: 2 * x,
+                  mistakes={"not doubled": (lambda x: x.clone(), "This is x itself.")})
 logger = logging.getLogger("library")
 logger.addHandler(logging.StreamHandler())
-question = Question("kernel-q", "99_test", 1, "Which is it?", "b", {"a": ("this", "no, since it is that"), "b": ("that", "yes, that")})
-""", """
+question = Question("kernel-q", "99_test", 1, "Which is it?", "b",
+                    {"a": ("this", "no, since it is that"), "b": ("that", "yes, that")})
+""",
+    """
 def noisy(x):
     from IPython.display import display
     from tqdm.auto import tqdm
@@ -453,20 +536,33 @@ def noisy(x):
     return x + x
 
 check(double, noisy)
-""", "check(double, lambda x: x)", """
+""",
+    "check(double, lambda x: x)",
+    """
 def broken(x):
     y = x * 2
     return y.nothing
 
 check(double, broken)
-""", "check(double, ...)", "ask(question)"]
+""",
+    "check(double, ...)",
+    "ask(question)",
+]
 
 
 def graded(cell, points=2):
     """The cell as nbgrader keeps a graded one."""
     cell = nbformat.from_dict(cell)
-    cell.metadata["nbgrader"] = {"grade": True, "solution": False, "locked": True, "points": points, "grade_id": "g", "schema_version": 3,
-                                 "cell_type": "code", "task": False}
+    cell.metadata["nbgrader"] = {
+        "grade": True,
+        "solution": False,
+        "locked": True,
+        "points": points,
+        "grade_id": "g",
+        "schema_version": 3,
+        "cell_type": "code",
+        "task": False,
+    }
     return cell
 
 
@@ -475,13 +571,19 @@ def executed(tmp_path_factory):
     from nbclient import NotebookClient
 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in CELLS])
-    NotebookClient(notebook, timeout=300, kernel_name="python3",
-                   resources={"metadata": {"path": str(tmp_path_factory.mktemp("kernel"))}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path_factory.mktemp("kernel"))}},
+    ).execute()
     return notebook.cells
 
 
-@pytest.mark.parametrize(("index", "points", "words"), [
-    (1, 2, "✓ Passed"), (2, 0, "This is x itself."), (3, 0, "return y.nothing"), (4, 0, "Not written yet")])
+@pytest.mark.parametrize(
+    ("index", "points", "words"),
+    [(1, 2, "✓ Passed"), (2, 0, "This is x itself."), (3, 0, "return y.nothing"), (4, 0, "Not written yet")],
+)
 def test_nbgrader_reads_the_points_of_an_executed_cell(executed, index, points, words):
     cell = executed[index]
     assert [output.output_type for output in cell.outputs] == ["execute_result"], cell.outputs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pefttools.grading.plain import plain
 from pefttools.grading.probe import Outcome, Raised, probe_all
 from pefttools.grading.question import Question
 
-SEEDS = (20, 1, 987_654_321)      # the notebooks' own first
+SEEDS = (20, 1, 987_654_321)  # the notebooks' own first
 JARGON = ("AssertionError", "assert ", "Traceback", "TODO", "FIXME", "XXX", "lorem")
 
 # Looked at while tests are collected: a broken module must fail a test of its own and not hide the others' tests.
@@ -75,8 +76,10 @@ def test_messages_are_for_students(task, name):
     assert len(message.strip()) >= 20
     assert not [word for word in JARGON if word in message]
     # A line break ends a paragraph in the box: half a sentence must not stand alone.
-    assert all(line.strip().endswith((".", "?", "!", ":", ")", "`", "»", "”")) or line.startswith("    ")
-               for line in message.strip().splitlines()), message
+    assert all(
+        line.strip().endswith((".", "?", "!", ":", ")", "`", "»", "”")) or line.startswith("    ")
+        for line in message.strip().splitlines()
+    ), message
 
 
 @pytest.mark.parametrize("task", TASKS, ids=ids)
@@ -105,11 +108,41 @@ def test_a_blank_is_not_written_yet(task):
 
 
 @pytest.mark.parametrize("task", TASKS, ids=ids)
-@pytest.mark.parametrize("work", [lambda *args, **kwargs: None, lambda *args, **kwargs: 0, lambda *args, **kwargs: "yes",
-                                  lambda *args, **kwargs: [], lambda: None, int, torch.nn.Identity, 17, "nothing", object(), 0.0,
-                                  {}, torch.zeros(3), float("nan")],
-                         ids=["None", "0", "text", "list", "no arguments", "int", "Identity", "17", "a text", "object", "0.0", "dict",
-                              "tensor", "nan"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda *args, **kwargs: None,
+        lambda *args, **kwargs: 0,
+        lambda *args, **kwargs: "yes",
+        lambda *args, **kwargs: [],
+        lambda: None,
+        int,
+        torch.nn.Identity,
+        17,
+        "nothing",
+        object(),
+        0.0,
+        {},
+        torch.zeros(3),
+        float("nan"),
+    ],
+    ids=[
+        "None",
+        "0",
+        "text",
+        "list",
+        "no arguments",
+        "int",
+        "Identity",
+        "17",
+        "a text",
+        "object",
+        "0.0",
+        "dict",
+        "tensor",
+        "nan",
+    ],
+)
 def test_nonsense_gets_no_points_and_a_message(task, work):
     verdict = verdict_for(task, work, SEEDS[0])
     assert not verdict.passed and verdict.points == 0
@@ -146,7 +179,9 @@ def test_cases_are_small_plain_data(task):
 
     for case in task.cases(SEEDS[0]):
         for leaf in walk(plain(case)):
-            assert not isinstance(leaf, NotPlain), f"a case must be plain data, for it travels to another process: {leaf}"
+            assert not isinstance(
+                leaf, NotPlain
+            ), f"a case must be plain data, for it travels to another process: {leaf}"
             assert not isinstance(leaf, torch.Tensor) or leaf.numel() <= 2**20
 
 
@@ -168,12 +203,16 @@ def test_every_leaf_counts(task):
     """A result that lacks any one leaf, or in which one leaf is None, does not pass: nothing in it is decoration."""
     cases = task.cases(SEEDS[0])
     right = probe_all(task, task.resolve(task.reference), cases)
+    task = replace(task, mistakes={})  # to be quick: which mistake it looks like is not asked here
     for index, outcome in enumerate(right):
         if type(outcome.data) is not dict:
             continue
         for leaf in outcome.data:
-            for damaged in ({key: value for key, value in outcome.data.items() if key != leaf}, {**outcome.data, leaf: object()}):
-                outcomes = [*right[:index], Outcome(damaged), *right[index + 1:]]
+            for damaged in (
+                {key: value for key, value in outcome.data.items() if key != leaf},
+                {**outcome.data, leaf: object()},
+            ):
+                outcomes = [*right[:index], Outcome(damaged), *right[index + 1 :]]
                 assert not judge(task, outcomes, cases, SEEDS[0]).passed
 
 
@@ -237,7 +276,8 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("peft", "transformers", "bitsandbytes", "datasets", "safetensors", "ipywidgets", "matplotlib") \\
+        top = name.split(".")[0]
+        if top in ("peft", "transformers", "bitsandbytes", "datasets", "safetensors", "ipywidgets", "matplotlib") \\
                 or name.startswith(("pefttools.lora", "pefttools.inject", "pefttools.checkpoint", "pefttools.lab")):
             raise ImportError(f"{name} is not to be had here")
 

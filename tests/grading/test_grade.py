@@ -1,4 +1,5 @@
 """Grading a folder of hand-ins through nbgrader: whole, fair, and never stopped by one of them."""
+
 from __future__ import annotations
 
 import copy
@@ -18,7 +19,6 @@ import pytest
 
 from pefttools.grading.grade import GradeError, Result, collect, grade, recognise, table
 from pefttools.grading.nbgrader_config import paths
-
 
 
 def put(path, notebook):
@@ -52,14 +52,25 @@ def stripped(notebook):
     return notebook | {"nbformat_minor": 4}
 
 
-# ------------------------------------------------------------------------------------------ whose is it, and of which chapter
+# ------------------------------------------------------------------------------------------ whose, of which chapter
 
 
-@pytest.mark.parametrize(("path", "student"), [
-    ("alice/01_tiny/tiny.ipynb", "alice"), ("alice/tiny.ipynb", "alice"), ("01_tiny/alice.ipynb", "alice"),
-    ("tiny/alice.ipynb", "alice"), ("alice.ipynb", "alice"), ("alice_tiny.ipynb", "alice"), ("alice-01_tiny.ipynb", "alice"),
-    ("alice_tiny (1).ipynb", "alice"), ("Ana María.ipynb", "Ana María"), ("a[b]*,c.ipynb", "a_b___c"), ("tiny.ipynb", "in"),
-])
+@pytest.mark.parametrize(
+    ("path", "student"),
+    [
+        ("alice/01_tiny/tiny.ipynb", "alice"),
+        ("alice/tiny.ipynb", "alice"),
+        ("01_tiny/alice.ipynb", "alice"),
+        ("tiny/alice.ipynb", "alice"),
+        ("alice.ipynb", "alice"),
+        ("alice_tiny.ipynb", "alice"),
+        ("alice-01_tiny.ipynb", "alice"),
+        ("alice_tiny (1).ipynb", "alice"),
+        ("Ana María.ipynb", "Ana María"),
+        ("a[b]*,c.ipynb", "a_b___c"),
+        ("tiny.ipynb", "in"),
+    ],
+)
 def test_whose_a_file_is(tiny, path, student):
     folder = tiny.root / "in"
     put(folder / path, tiny.pristine())
@@ -102,8 +113,12 @@ def test_nothing_to_grade_is_said(tiny):
 
 
 def test_table_is_readable():
-    text = table([Result("alice", "01_tiny", "a", "graded", 6.5, 7, 1.25, ["Mended."]),
-                  Result("bob", "", "b", "failed", problem="b.ipynb is empty.")])
+    text = table(
+        [
+            Result("alice", "01_tiny", "a", "graded", 6.5, 7, 1.25, ["Mended."]),
+            Result("bob", "", "b", "failed", problem="b.ipynb is empty."),
+        ]
+    )
     assert "alice    01_tiny    6.5   7      1.2  graded\n    Mended." in text
     assert "bob      ?            –   0      0.0  failed\n    b.ipynb is empty." in text
     assert text.endswith("2 hand-ins, 1 graded, 1 could not be")
@@ -136,16 +151,19 @@ def graded(tmp_path_factory):
     put(folder / "twice.ipynb", {**solved, "cells": solved["cells"] + solved["cells"]})
     put(folder / "zoe.ipynb", solved)
     tiny.folder, tiny.lines = folder, []
-    tiny.grade = lambda **options: {r.student: r for r in grade(folder, root=tiny.root, entries=tiny.entries, log=tiny.lines.append, **options)}
+    tiny.grade = lambda **options: {
+        r.student: r for r in grade(folder, root=tiny.root, entries=tiny.entries, log=tiny.lines.append, **options)
+    }
     tiny.out = tiny.root / "grading"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pefttools.grading.grade._definitions", lambda: "as they are")  # somebody may be editing while this runs
+        patch.setattr(
+            "pefttools.grading.grade._definitions", lambda: "as they are"
+        )  # somebody may be editing while this runs
         tiny.results = tiny.grade()
         yield tiny
 
 
 SCORES = {"alice": 7, "blank": 0, "colab": 7, "half": 1, "raises": 4, "forged": 0, "twice": 7, "zoe": 7}
-
 
 
 @pytest.mark.nbgrader
@@ -189,8 +207,13 @@ def test_everybody_graded_has_a_page_of_feedback(graded):
 
 @pytest.mark.nbgrader
 def test_only_the_notebook_and_its_time_reach_the_kernels_folder(graded):
-    assert sorted(p.name for p in (graded.out / "autograded" / "alice" / "01_tiny").iterdir()) == ["timestamp.txt", "tiny.ipynb"]
-    assert json.loads((graded.out / "received" / "colab" / "01_tiny" / "tiny.ipynb").read_text()) == stripped(graded.solved())
+    assert sorted(p.name for p in (graded.out / "autograded" / "alice" / "01_tiny").iterdir()) == [
+        "timestamp.txt",
+        "tiny.ipynb",
+    ]
+    assert json.loads((graded.out / "received" / "colab" / "01_tiny" / "tiny.ipynb").read_text()) == stripped(
+        graded.solved()
+    )
 
 
 @pytest.mark.nbgrader
@@ -217,7 +240,9 @@ def test_a_new_hand_in_is_graded_and_force_grades_all(graded):
         again = graded.grade()
         assert (again["half"].status, again["half"].score) == ("graded", 2)
         assert again["alice"].status == "unchanged"
-        (only,) = grade(graded.folder / "half.ipynb", root=graded.root, entries=graded.entries, force=True, log=graded.lines.append)
+        (only,) = grade(
+            graded.folder / "half.ipynb", root=graded.root, entries=graded.entries, force=True, log=graded.lines.append
+        )
         assert (only.status, only.score, only.student) == ("graded", 2, "half")
     finally:
         put(graded.folder / "half.ipynb", before)
@@ -237,7 +262,13 @@ def test_a_grade_given_by_hand_stays(graded):
     by_hand(2)
     try:
         assert graded.grade()["raises"].score == 6
-        (only,) = grade(graded.folder / "raises.ipynb", root=graded.root, entries=graded.entries, force=True, log=graded.lines.append)
+        (only,) = grade(
+            graded.folder / "raises.ipynb",
+            root=graded.root,
+            entries=graded.entries,
+            force=True,
+            log=graded.lines.append,
+        )
         assert only.score == 6
     finally:
         by_hand(None)
@@ -272,8 +303,14 @@ def test_other_exercises_than_in_the_gradebook_are_refused_clearly(graded, tmp_p
 
 
 def nbgrader(folder, *arguments):
-    done = subprocess.run([sys.executable, "-m", "nbgrader", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **paths()})
+    done = subprocess.run(
+        [sys.executable, "-m", "nbgrader", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **paths()},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
 
@@ -300,17 +337,29 @@ def test_formgrader_shows_the_class(graded):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", f"--ServerApp.root_dir={graded.root}",
-               f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=t"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter_server",
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.root_dir={graded.root}",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=t",
+    ]
     log = graded.root / "server.log"
     with log.open("w") as file:
-        server = subprocess.Popen(command, cwd=graded.out, stdout=file, stderr=subprocess.STDOUT,
-                                  env={**os.environ, **paths()})
+        server = subprocess.Popen(
+            command, cwd=graded.out, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **paths()}
+        )
     try:
         found = None
         for _ in range(120):
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/formgrader/api/assignments?token=t", timeout=10) as reply:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{port}/formgrader/api/assignments?token=t", timeout=10
+                ) as reply:
                     found = json.load(reply)
                 break
             except (urllib.error.URLError, ConnectionError):

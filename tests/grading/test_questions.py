@@ -9,9 +9,15 @@ import pytest
 from pefttools.grading import question as module
 from pefttools.grading.check import verdict_on
 from pefttools.grading.exercise import ExerciseError
+from pefttools.grading.judge import judge
+from pefttools.grading.probe import Outcome, Raised
 from pefttools.grading.question import Question, _html, ask, letter_of
 
-OPTIONS = {"a": ("the *first*", "No: the first is `x < 1`."), "b": ("the **second**", "Yes: $a_1 * b_1 < 2$ holds."), "c": ("the third", "No, not c.")}
+OPTIONS = {
+    "a": ("the *first*", "No: the first is `x < 1`."),
+    "b": ("the **second**", "Yes: $a_1 * b_1 < 2$ holds."),
+    "c": ("the third", "No, not c."),
+}
 
 
 def make(**changes):
@@ -42,15 +48,31 @@ def test_what_is_no_letter(answer):
     assert not verdict.passed and "one of the letters a, b, c" in verdict.message and verdict.mistake is None
 
 
+def test_a_run_that_failed_is_no_answer():
+    """From another process anything may come: an exception, or nothing."""
+    for outcomes in ([], [Outcome(None, Raised("MemoryError", ""))], [Outcome({"something": "else"})], [Outcome(3)]):
+        verdict = judge(QUESTION, outcomes, [{}], 1)
+        assert not verdict.passed and verdict.expected is None and "'b'" not in verdict.text
+
+
 @pytest.mark.parametrize("answer", [None, ...])
 def test_not_answered_yet(answer):
     assert verdict_on(QUESTION, answer).kind == "blank"
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"right": "d"}, "one of a, b, c"), ({"text": " "}, "text"), ({"options": {"a": ("x", "y")}}, "options"),
-    ({"options": {"a": ("x", "y"), "c": ("x", "y")}}, "a, b, c"), ({"options": {"a": ("x", ""), "b": ("x", "y")}}, "explanation"),
-    ({"options": [("x", "y")]}, "options"), ({"points": 0}, "points"), ({"name": "Bad Name"}, "name")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"right": "d"}, "one of a, b, c"),
+        ({"text": " "}, "text"),
+        ({"options": {"a": ("x", "y")}}, "options"),
+        ({"options": {"a": ("x", "y"), "c": ("x", "y")}}, "a, b, c"),
+        ({"options": {"a": ("x", ""), "b": ("x", "y")}}, "explanation"),
+        ({"options": [("x", "y")]}, "options"),
+        ({"points": 0}, "points"),
+        ({"name": "Bad Name"}, "name"),
+    ],
+)
 def test_bad_definitions(change, words):
     with pytest.raises(ExerciseError, match=words):
         make(**change)
@@ -58,7 +80,9 @@ def test_bad_definitions(change, words):
 
 def test_it_is_an_exercise():
     assert QUESTION.accepts == "value" and QUESTION.stars == "●○○" and set(QUESTION.mistakes) == {"a", "c"}
-    assert QUESTION.markdown() == "Which is $x < 1$?\n\n- **a)** the *first*\n- **b)** the **second**\n- **c)** the third"
+    assert (
+        QUESTION.markdown() == "Which is $x < 1$?\n\n- **a)** the *first*\n- **b)** the **second**\n- **c)** the third"
+    )
     assert letter_of(3) == 3
 
 
@@ -105,8 +129,16 @@ def test_without_ipywidgets_the_question_is_printed(monkeypatch, capsys):
     assert "b) the **second**" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("markdown", "html"), [
-    ("a < b & `c < d`", "a &lt; b &amp; <code>c &lt; d</code>"), ("$a_1*b*c$", "$a_1*b*c$"), ("**x** and *y*", "<strong>x</strong> and <em>y</em>"),
-    ("one\n\ntwo", "one<br>two"), ("```python\nx < 1\n```", "<pre>x &lt; 1</pre>"), ("<script>", "&lt;script&gt;")])
+@pytest.mark.parametrize(
+    ("markdown", "html"),
+    [
+        ("a < b & `c < d`", "a &lt; b &amp; <code>c &lt; d</code>"),
+        ("$a_1*b*c$", "$a_1*b*c$"),
+        ("**x** and *y*", "<strong>x</strong> and <em>y</em>"),
+        ("one\n\ntwo", "one<br>two"),
+        ("```python\nx < 1\n```", "<pre>x &lt; 1</pre>"),
+        ("<script>", "&lt;script&gt;"),
+    ],
+)
 def test_the_little_markdown(markdown, html):
     assert _html(markdown) == html

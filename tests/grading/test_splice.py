@@ -1,4 +1,5 @@
 """The splice: answers arrive, nothing else does, and nothing in a submission makes it raise."""
+
 from __future__ import annotations
 
 import copy
@@ -38,7 +39,10 @@ def code(source, **metadata):
 
 
 def everything_else(notebook):
-    return [(c["cell_type"], c["id"], c["metadata"], None if c["id"] in NAMES else "".join(c["source"])) for c in notebook["cells"]]
+    return [
+        (c["cell_type"], c["id"], c["metadata"], None if c["id"] in NAMES else "".join(c["source"]))
+        for c in notebook["cells"]
+    ]
 
 
 def test_answers_are_taken_and_the_rest_is_pristine(pristine, solved):
@@ -99,7 +103,10 @@ def no_metadata(notebook):
 
 
 def format_3(notebook):
-    cells = [{"cell_type": c["cell_type"], "input" if c["cell_type"] == "code" else "source": c["source"]} for c in notebook["cells"]]
+    cells = [
+        {"cell_type": c["cell_type"], "input" if c["cell_type"] == "code" else "source": c["source"]}
+        for c in notebook["cells"]
+    ]
     return {"worksheets": [{"cells": cells}], "nbformat": 3, "metadata": {}}
 
 
@@ -133,7 +140,9 @@ def windows(notebook):
     return notebook
 
 
-@pytest.mark.parametrize("damage", [colab, stripped, no_metadata, format_3, backwards, retyped, foreign_schema, lines, windows])
+@pytest.mark.parametrize(
+    "damage", [colab, stripped, no_metadata, format_3, backwards, retyped, foreign_schema, lines, windows]
+)
 def test_answers_survive(damage, pristine, solved, tmp_path):
     wanted = answers(solved)
     (tmp_path / "x.ipynb").write_text(json.dumps(damage(solved)))
@@ -141,7 +150,9 @@ def test_answers_survive(damage, pristine, solved, tmp_path):
     assert answers(merged) == wanted
     assert everything_else(merged) == everything_else(pristine)
     if damage in (stripped, format_3):
-        assert any("recognised by its first line (tiny-double, tiny-box, tiny-total, tiny-q-even)" in r for r in repairs)
+        assert any(
+            "recognised by its first line (tiny-double, tiny-box, tiny-total, tiny-q-even)" in r for r in repairs
+        )
     if damage is retyped:
         assert any("no longer a code cell" in r for r in repairs)
     if damage in (foreign_schema, lines, windows):
@@ -160,8 +171,10 @@ def test_a_missing_check_is_put_back_and_an_edited_one_restored(pristine, solved
     solved["cells"][at(solved, "check-tiny-double")]["source"] = "2.0"
     merged, repairs = splice(pristine, solved)
     assert "".join(merged["cells"][at(merged, "check-tiny-double")]["source"]) == 'check("tiny-double", double)'
-    assert repairs == ["The check cell had been edited and is put back as it was (tiny-double).",
-                       "The check cell was missing and is put back (tiny-box)."]
+    assert repairs == [
+        "The check cell had been edited and is put back as it was (tiny-double).",
+        "The check cell was missing and is put back (tiny-box).",
+    ]
 
 
 def test_of_copies_the_last_written_one_before_its_check_is_taken(pristine, solved):
@@ -237,14 +250,18 @@ def test_identity_prefers_metadata_then_id_then_first_line():
     assert identity(None, known) is None
 
 
-# ------------------------------------------------------------------------------------------ carrying work into a new version
+# ------------------------------------------------------------------------------------------ into a new version
 
 
 def test_with_the_previous_version_a_changed_stub_reaches_the_reader(tiny, pristine):
     mine = copy.deepcopy(pristine)
     mine["cells"][at(mine, "tiny-double")]["source"] = "# exercise: tiny-double\ndef double(x):\n    return 2 * x"
     new = copy.deepcopy(pristine)
-    for name, text in {"tiny-box": "a new stub", "check-tiny-box": "a new check", "tiny-double": "another stub"}.items():
+    for name, text in {
+        "tiny-box": "a new stub",
+        "check-tiny-box": "a new check",
+        "tiny-double": "another stub",
+    }.items():
         new["cells"][at(new, name)]["source"] = text
     new["cells"].append({**copy.deepcopy(new["cells"][at(new, "tiny-total")]), "id": "tiny-new"})
     new["cells"][-1]["metadata"]["nbgrader"]["grade_id"] = "tiny-new"
@@ -257,9 +274,20 @@ def test_with_the_previous_version_a_changed_stub_reaches_the_reader(tiny, prist
 # ------------------------------------------------------------------------------------------ whatever comes
 
 junk = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([*NAMES, "# exercise: tiny-box\nx = 1"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["cell_type", "source", "input", "metadata", "nbgrader", "grade_id", "id", "outputs", "x"]), inner, max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([*NAMES, "# exercise: tiny-box\nx = 1"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["cell_type", "source", "input", "metadata", "nbgrader", "grade_id", "id", "outputs", "x"]),
+            inner,
+            max_size=5,
+        )
+    ),
     max_leaves=12,
 )
 
@@ -278,7 +306,10 @@ def test_any_cells_at_all_give_a_valid_notebook(pristine, solved, cells, seed):
 def test_anything_but_a_notebook_counts_as_nothing_written(pristine, submitted):
     merged, repairs = splice(pristine, submitted)
     assert answers(merged) == answers(pristine)
-    assert "The answer cell is missing: it counts as not written (tiny-double, tiny-box, tiny-total, tiny-q-even)." in repairs
+    assert (
+        "The answer cell is missing: it counts as not written (tiny-double, tiny-box, tiny-total, tiny-q-even)."
+        in repairs
+    )
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -1,7 +1,8 @@
 """Every exercise of the course: one module a chapter, `chNN_name.py`, found by its name.
 
-A module ends with `EXERCISES: list[Exercise]` and `QUESTIONS: list[Question]`, and may have `TITLE = "LoRA"`. It imports only
-torch and the standard library at top level: the grading sandbox imports it where peft and pefttools.lora do not exist.
+A module ends with `EXERCISES: list[Exercise]` and `QUESTIONS: list[Question]`, and may have `TITLE = "LoRA"`. It
+imports only torch and the standard library at top level: the grading sandbox imports it where peft and pefttools.lora
+do not exist.
 
     python -m pefttools.grading.exercises        prints the table of all exercises
 """
@@ -32,7 +33,7 @@ class _Chapter:
 
 
 _loaded: dict[str, _Chapter] = {}
-_failed: dict[str, tuple[str, BaseException]] = {}      # chapter -> (module, why)
+_failed: dict[str, tuple[str, BaseException]] = {}  # chapter -> (module, why)
 _done = False
 
 
@@ -63,7 +64,9 @@ def _read(module: object, chapter: str) -> _Chapter:
             if not isinstance(entry, kind) or (kind is Exercise and isinstance(entry, Question)):
                 raise ExerciseError(f"{attribute} holds {entry!r:.100}, which is no {kind.__name__}")
             if entry.chapter != chapter:
-                raise ExerciseError(f"{entry.name!r} says chapter {entry.chapter!r}; this module is that of {chapter!r}")
+                raise ExerciseError(
+                    f"{entry.name!r} says chapter {entry.chapter!r}; this module is that of {chapter!r}"
+                )
             names = {task.name for other in (*_loaded.values(), found) for task in (*other.exercises, *other.questions)}
             if entry.name in names:
                 raise ExerciseError(f"there are two exercises of the name {entry.name!r}")
@@ -90,7 +93,7 @@ def chapters() -> list[str]:
 
 
 def exercises(chapter: str | None = None) -> list[Exercise]:
-    """The exercises of a chapter ("02_lora", or just "02"), or of all, in the order of the text; without the questions."""
+    """The exercises of a chapter ("02_lora", or just "02"), or of all, in the order of the text; no questions."""
     return [entry for found in _chosen(chapter) for entry in found.exercises]
 
 
@@ -123,7 +126,11 @@ def exercise(name: str) -> Exercise:
     for chapter in sorted(_failed):
         _fail(chapter)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = "Did you mean " + " or ".join(map(repr, near)) + "?" if near else f"There are: {', '.join(sorted(known)) or 'none'}."
+    hint = (
+        "Did you mean " + " or ".join(map(repr, near)) + "?"
+        if near
+        else f"There are: {', '.join(sorted(known)) or 'none'}."
+    )
     raise KeyError(f"no exercise {name!r}. {hint}")
 
 

@@ -65,7 +65,7 @@ HELLO = Exercise(
                      "This is the share as a fraction (0.375 for 3 of 8). Percent means out of a hundred: multiply by "
                      "100."),
         "of-frozen": (lambda trainable, total: 100 * trainable / (total - trainable),
-                      "You divided by the frozen parameters, `total - trainable`. The share is of *all* parameters: "
+                      "You divided by the frozen parameters, `total - trainable`. The share is of **all** parameters: "
                       "divide by `total`."),
         "upside-down": (lambda trainable, total: 100 * total / trainable,
                         "This is upside down: `total / trainable` says how many times larger the whole is. "
@@ -87,7 +87,7 @@ HELLO = Exercise(
 
 
 # ---------------------------------------------------------------------------------------------- count-trainable
-class _LanguageModel(nn.Module):
+class LanguageModel(nn.Module):
     """A language model in miniature: embedding, blocks, norm, output head (perhaps the embedding's own matrix)."""
 
     def __init__(self, vocab: int, width: int, hidden: int, blocks: int, tied: bool, shared: bool,
@@ -125,7 +125,7 @@ def _count_inputs(generator: torch.Generator) -> list[dict]:
 
 
 def _count_probe(work: Any, case: dict) -> dict:
-    model = _LanguageModel(**{key: value for key, value in case.items() if key != "frozen"})
+    model = LanguageModel(**{key: value for key, value in case.items() if key != "frozen"})
     for name in filter(None, case["frozen"].split(", ")):
         model.get_submodule(name).requires_grad_(False)
     counted = work(model)
@@ -217,6 +217,12 @@ COUNT = Exercise(
         "first-dimension": (lambda model: (sum(len(p) for p in model.parameters() if p.requires_grad),
                                            sum(len(p) for p in model.parameters())),
                             "`len(p)` is the first dimension only. A 9 × 6 matrix holds 54 numbers: `p.numel()`."),
+        "state-dict-twice": (lambda model: (_count_state_dict(model)[1],) * 2,
+                             "`state_dict()` lists what is written to a file: buffers are in it, a shared matrix "
+                             "appears under each of its names, and nothing in it knows whether it trains. Go over "
+                             "`model.parameters()` instead."),
+        "only-all": (lambda model: count_parameters(model)[1],
+                     "One number came back, all parameters. Return two: `return trainable, total`."),
         "only-trainable": (lambda model: count_parameters(model)[0],
                            "One number came back, the trainable parameters. Return two: `return trainable, total`."),
     },
@@ -245,7 +251,7 @@ class _Block(nn.Module):
         return x + self.dropout(torch.relu(self.up_proj(x)))
 
 
-class _Toy(nn.Module):
+class ToyModel(nn.Module):
     """Blocks with the names of a transformer's. `norm` and `prenorm` differ, and so do `proj` and `q_proj`."""
 
     def __init__(self, vocab: int, width: int, blocks: int) -> None:
@@ -273,7 +279,7 @@ def _freeze_inputs(generator: torch.Generator) -> list[dict]:
 def _freeze_probe(work: Any, case: dict) -> dict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case["width"])
-        model = _Toy(case["vocab"], case["width"], case["blocks"])
+        model = ToyModel(case["vocab"], case["width"], case["blocks"])
     for name in filter(None, case["frozen before"].split(", ")):
         model.get_submodule(name).requires_grad_(False)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -387,10 +393,10 @@ FREEZE = Exercise(
                      "It is the wrong way round: the named modules are frozen and the rest trains. PEFT is the "
                      "opposite, a few named parts train and all else rests."),
         "substring": (_freeze_substring,
-                      "You looked for the name *anywhere* in the path, so \"norm\" also hits \"prenorm\" and \"proj\" "
-                      "hits \"q_proj\". Compare whole parts: `path.split(\".\")`."),
+                      "You looked for the name **anywhere** in the path, so \"norm\" also hits \"prenorm\" and "
+                      "\"proj\" hits \"q_proj\". Compare whole parts: `path.split(\".\")`."),
         "only-off": (_freeze_only_off,
-                     "You only ever switch off. A named module that was frozen *before* the call stays frozen; set "
+                     "You only ever switch off. A named module that was frozen **before** the call stays frozen; set "
                      "`requires_grad` to True for it too."),
         "attribute-on-module": (_freeze_attribute,
                                 "`module.requires_grad = ...` only hangs a new attribute on the module; PyTorch never "
@@ -479,11 +485,17 @@ BYTES = Exercise(
         "frozen-trained": (lambda trainable, frozen, recipe: training_bytes(trainable + frozen, 0, recipe),
                            "You paid gradients and optimizer for the frozen parameters too. They are never updated, so "
                            "they cost their weights and nothing more. That is where PEFT saves."),
+        "gradients-of-frozen": (_variant(gradients=lambda t, f, r: (4 if r == "float32" else 2) * (t + f)),
+                                "You counted gradients for the frozen parameters too. A frozen parameter has no "
+                                "gradient: none is computed for it and none is stored."),
+        "moments-of-frozen": (_variant(optimizer=lambda t, f, r: 8 * (t + f)),
+                              "You gave Adam's moments to the frozen parameters too. The optimizer only holds what it "
+                              "updates."),
         "frozen-free": (lambda trainable, frozen, recipe: training_bytes(trainable, 0, recipe),
                         "The frozen weights are missing. They do not train, but the forward pass still runs through "
                         "them: they have to be in memory."),
         "one-moment": (_variant(optimizer=lambda t, f, r: 4 * t),
-                       "Adam keeps *two* numbers per trained parameter, the running mean m of the gradient and the "
+                       "Adam keeps **two** numbers per trained parameter, the running mean m of the gradient and the "
                        "running mean v of its square: 4 + 4 bytes."),
         "half-moments": (_variant(optimizer=lambda t, f, r: (8 if r == "float32" else 4) * t),
                          "You gave Adam's moments 16 bits in the 16-bit recipes. Both recipes of the table keep m and "
@@ -501,7 +513,7 @@ BYTES = Exercise(
         "master-instead": (_variant(weights=lambda t, f, r: {"half": 2, "mixed": 4, "float32": 4}[r] * t
                                     + {"half": 2, "mixed": 2, "float32": 4}[r] * f,
                                     master=lambda t, f, r: 0),
-                           "In \"mixed\" the 32-bit copy does not *replace* the 16-bit weights, it is kept beside "
+                           "In \"mixed\" the 32-bit copy does not **replace** the 16-bit weights, it is kept beside "
                            "them: 2 bytes under \"weights\" and 4 under \"master\"."),
         "always-16-bit": (_variant(weights=lambda t, f, r: 2 * (t + f), gradients=lambda t, f, r: 2 * t),
                           "In \"float32\" a weight and its gradient take 4 bytes each, not 2."),
@@ -560,8 +572,8 @@ QUESTIONS: list[Question] = [
                   "The frozen weights still have to be in memory: the forward pass runs through every one of them. "
                   "Trained parameters fell a thousandfold; memory did not."),
             "b": ("Nothing: the backward pass runs through the whole model, so all gradients are computed anyway.",
-                  "Two kinds of gradient are mixed up here. The gradient of the *activations* does run through the "
-                  "frozen layers. The gradient of the frozen *weights* is never computed, stored, or given to Adam."),
+                  "Two kinds of gradient are mixed up here. The gradient of the **activations** does run through the "
+                  "frozen layers. The gradient of the frozen **weights** is never computed, stored, or given to Adam."),
             "c": ("Gradients, Adam's moments and master copies of the frozen weights go; the weights themselves stay.",
                   "Yes: of 12 or 16 bytes a parameter, 2 remain, and a little for the new parameters. To shrink those "
                   "2 as well you need quantization (chapters 04 and 05)."),
@@ -595,7 +607,7 @@ QUESTIONS: list[Question] = [
         right="d",
         options={
             "a": ("No. Its weights did not change, so it has perfect memory.",
-                  "The weights did not change, but the *outputs* did: the adapter was put there to change them, and "
+                  "The weights did not change, but the **outputs** did: the adapter was put there to change them, and "
                   "nothing told it to do so on your new task only. The perfect memory is in the weights, and you get "
                   "it back by taking the adapter off."),
             "b": ("No. An adapter starts as “no change”, so the old behaviour is part of it.",

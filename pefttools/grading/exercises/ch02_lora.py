@@ -126,6 +126,15 @@ def forward_shapes_do_not_meet(x, W0, A, B, alpha, bias=None):
     return F.linear(x, W0, bias) + alpha / len(A) * (x @ A) @ B
 
 
+def forward_columns(x, W0, A, B, alpha, bias=None):
+    y = W0 @ x + alpha / len(A) * (B @ (A @ x))
+    return y if bias is None else y + bias
+
+
+def forward_needs_bias(x, W0, A, B, alpha, bias=None):
+    return x @ W0.T + bias + alpha / len(A) * (x @ A.T) @ B.T
+
+
 def forward_through_delta(x, W0, A, B, alpha, bias=None):
     return F.linear(x, W0 + alpha / len(A) * B @ A, bias)
 
@@ -171,6 +180,8 @@ LORA_FORWARD = Exercise(
             "You divide α by A.shape[1], which is d_in. A is r × d_in, so r is A.shape[0]."),
         "r from d_out": (forward_rank_from_d_out,
             "You divide α by B.shape[0], which is d_out. B is d_out × r, so r is B.shape[1]."),
+        "whole-number division": (forward_with(lambda a, r: a // r),
+            "You divide with //, which rounds down to a whole number: 3 // 2 is 1. The scale is α / r."),
         "scales everything": (forward_scales_everything,
             "You scale W₀x + b as well. The scale α/r belongs to the update alone; the frozen path stays as it was."),
         "bias dropped": (forward_no_bias,
@@ -184,6 +195,12 @@ LORA_FORWARD = Exercise(
         "shapes do not meet": (forward_shapes_do_not_meet,
             "Two shapes do not meet. Every matrix here is stored as PyTorch stores weights, outputs × inputs, so it "
             "is the transpose that x meets: x @ W0.T, and x @ A.T (r numbers), and then (…) @ B.T."),
+        "columns": (forward_columns,
+            "W0 @ x is right for one vector. Here x may be a batch whose rows are the vectors, [..., d_in], so it "
+            "stands on the left: x @ W0.T (or F.linear(x, W0)), and x @ A.T."),
+        "needs a bias": (forward_needs_bias,
+            "bias may be None (a layer without one), and then it cannot be added. F.linear(x, W0, bias) takes None, "
+            "too."),
         "no gradient": (forward_detached,
             "The numbers are right, but nothing can learn from them: under no_grad (or after .detach() or .data) no "
             "gradient reaches A and B."),
@@ -266,35 +283,45 @@ DRAWS = 16  # matrices drawn per case: then the spread below is known to within 
 
 def init_inputs(rng: torch.Generator) -> list[dict]:
     seeds = torch.randint(0, 2**31, (3,), generator=rng).tolist()
-    sizes = [(48, 24, 8), (32, 64, 16), (64, 16, 4)]  # chosen so that each wrong spread falls elsewhere than the right one
+    sizes = [(48, 24, 8), (32, 64, 16), (64, 16, 4)]  # so that each wrong spread falls elsewhere than the right one
     return [{"d_in": i, "d_out": o, "r": r, "seed": s} for (i, o, r), s in zip(sizes, seeds)]
+
+
+GOOD_START = {"the entries are finite numbers": True, "largest entry of B": 0.0, "A is zero everywhere": False,
+              "A gets a gradient in the first step": False, "B gets a gradient in the first step": True,
+              "the rows of A are independent": True, "the entries of A average to zero": True,
+              "the same generator state gives the same A": True, "another generator state gives another A": True,
+              "spread of A (its standard deviation times √(3·d_in), to the nearest power of √2)": 1.0}
 
 
 def init_probe(work: Callable, case: dict) -> dict[str, Any]:
     d_in, d_out, r, seed = (case[k] for k in ("d_in", "d_out", "r", "seed"))
 
     def draw(generator):
-        return work(d_in, d_out, r, generator)
+        pair = work(d_in, d_out, r, generator)
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
+            kinds = [type(p).__name__ for p in pair] if isinstance(pair, (tuple, list)) else type(pair).__name__
+            raise TypeError(f"lora_init should return two tensors, A and B (return A, B); it returned {kinds}")
+        return [t.detach() for t in pair]
 
-    pair = draw(torch.Generator().manual_seed(seed))
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(t, Tensor) for t in pair)):
-        return {"what lora_init returns": "something else than two tensors, A and B"}
-    A, B = (t.detach() for t in pair)
-    leaves: dict[str, Any] = {"what lora_init returns": "two tensors, A and B", "shape of A": list(A.shape),
-                              "shape of B": list(B.shape), "largest entry of B": B.abs().max().item(),
-                              "every entry of A is zero": not A.any().item()}
-    if A.shape == (r, d_in) and B.shape == (d_out, r):
-        leaves.update(learns(A, B))
+    A, B = draw(torch.Generator().manual_seed(seed))
+    leaves = {"A": torch.zeros(A.shape), "B": torch.zeros(B.shape), **GOOD_START}  # A and B for their shapes
+    if A.shape != (r, d_in) or B.shape != (d_out, r):
+        return leaves  # one complaint at a time
+    leaves["the entries are finite numbers"] = bool(A.isfinite().all() and B.isfinite().all())
+    leaves["largest entry of B"] = B.abs().max().item()
+    leaves["A is zero everywhere"] = not A.any().item()
+    leaves.update(learns(A, B))
     again, other = draw(torch.Generator().manual_seed(seed))[0], draw(torch.Generator().manual_seed(seed + 1))[0]
-    leaves["the same generator state gives the same A"] = torch.equal(A, again.detach())
-    leaves["another generator state gives another A"] = not torch.equal(A, other.detach())
+    leaves["the same generator state gives the same A"] = torch.equal(A, again)
+    leaves["another generator state gives another A"] = not torch.equal(A, other)
     generator = torch.Generator().manual_seed(seed + 2)
-    many = torch.stack([draw(generator)[0].detach() for _ in range(DRAWS)]).double()
+    many = torch.stack([draw(generator)[0] for _ in range(DRAWS)]).double().nan_to_num(0.0, 0.0, 0.0)
     leaves["the rows of A are independent"] = all(int(torch.linalg.matrix_rank(a)) == min(a.shape) for a in many)
     spread, wanted = many.std().item(), 1 / math.sqrt(3 * d_in)
-    leaves["the entries of A average to zero"] = abs(many.mean().item()) < 0.25 * wanted
-    leaves["standard deviation of A, in units of 1/√(3·d_in), to the nearest power of √2"] = (
-        round(2 ** (round(2 * math.log2(spread / wanted)) / 2), 4) if spread > 0 else 0.0)
+    leaves["the entries of A average to zero"] = abs(many.mean().item()) < 0.25 * max(wanted, spread)
+    power = round(2 * math.log2(spread / wanted)) / 2 if spread > 0 else -math.inf
+    leaves["spread of A (its standard deviation times √(3·d_in), to the nearest power of √2)"] = round(2**power, 4)
     return leaves
 
 
@@ -381,6 +408,18 @@ def init_no_generator(d_in, d_out, r, generator):
     return nn.init.kaiming_uniform_(torch.empty(r, d_in), a=math.sqrt(5)), torch.zeros(d_out, r)
 
 
+def init_no_root(d_in, d_out, r, generator):
+    return torch.randn(r, d_in, generator=generator) / (3 * d_in), torch.zeros(d_out, r)
+
+
+def init_two_percent(d_in, d_out, r, generator):
+    return torch.randn(r, d_in, generator=generator) * 0.02, torch.zeros(d_out, r)
+
+
+def init_b_first(d_in, d_out, r, generator):
+    return init_rand(d_in, d_out, r, generator)[::-1]
+
+
 def init_own_seed(d_in, d_out, r, generator):
     return init_rand(d_in, d_out, r, torch.Generator().manual_seed(0))
 
@@ -404,6 +443,8 @@ LORA_INIT = Exercise(
         "shapes turned": (init_transposed,
             "Your A is d_in × r and your B is r × d_out. That fits notes that write ΔW = AB. Here, as in the paper "
             "and in PEFT, A is r × d_in and B is d_out × r."),
+        "B first": (init_b_first,
+            "You return B before A. The order is (A, B)."),
         "unit variance": (init_wide,
             "A's entries have standard deviation 1. That is 1/√(3·d_in) too large a start: the entries of Ax would "
             "grow with the width of the layer. Shrink them."),
@@ -413,6 +454,11 @@ LORA_INIT = Exercise(
         "bound taken as deviation": (init_bound_as_std,
             "Your standard deviation is 1/√d_in. That is the bound of the uniform distribution; its standard "
             "deviation is √3 times smaller, 1/√(3·d_in)."),
+        "no root": (init_no_root,
+            "Your standard deviation is 1/(3·d_in): the square root is missing."),
+        "0.02": (init_two_percent,
+            "0.02 is GPT-2's usual choice, whatever the width. Here the standard deviation follows the width: "
+            "1/√(3·d_in)."),
         "d_out in the bound": (init_fan_out,
             "You used d_out for the size of A's entries. A reads the input: each row sums d_in products, so the "
             "bound is 1/√d_in."),
@@ -455,21 +501,16 @@ def layer_probe(work: Callable, case: dict) -> dict[str, Any]:
     torch.manual_seed(case["seed"])
     layer = work(base, case["r"], case["alpha"], case["dropout"])
     if not isinstance(layer, nn.Module):
-        return {"what the class makes": "something that is not an nn.Module"}
+        raise TypeError(f"LoRALayer makes a {type(layer).__name__}, which is no nn.Module")
     layer.eval()
-    leaves: dict[str, Any] = {"what the class makes": "an nn.Module", "output at the start": plain(layer(case["x"]))}
     trainable = [p for p in layer.parameters() if p.requires_grad]
-    leaves["trainable parameters"] = sum(p.numel() for p in trainable)
-    leaves["W0 is frozen"] = all(p.shape != case["weight"].shape for p in trainable)
-    leaves["the bias is frozen"] = all(p.shape != case["bias"].shape for p in trainable)
-
-    known = list(layer.parameters())
-    leaves["A and B are parameters of the module"] = all(find(known, case[k]) is not None for k in "AB")
     A, B = find(trainable, case["A"]), find(trainable, case["B"])
     if A is None or B is None:
-        leaves["trainable tensors of the sizes of A and B"] = "not there"
-        return leaves
-    leaves["trainable tensors of the sizes of A and B"] = "there"
+        complain_of_factors(list(layer.parameters()), trainable, case)
+    leaves: dict[str, Any] = {"output at the start": plain(layer(case["x"])),
+                              "trainable parameters": sum(p.numel() for p in trainable),
+                              "W0 is frozen": all(p.shape != case["weight"].shape for p in trainable),
+                              "the bias is frozen": all(p.shape != case["bias"].shape for p in trainable)}
     output = layer(case["x"])
     if isinstance(output, Tensor) and output.requires_grad:
         grad = torch.autograd.grad(output.square().sum(), [B], allow_unused=True)[0]
@@ -496,6 +537,17 @@ def layer_probe(work: Callable, case: dict) -> dict[str, Any]:
     else:
         leaves["output while training"] = plain(layer(case["x"]))
     return {**leaves, **found}
+
+
+def complain_of_factors(known: list[Tensor], trainable: list[Tensor], case: dict) -> None:
+    """Say why the layer cannot be looked at: what trains is not A and B."""
+    sizes = f"A (r × d_in, here {list(case['A'].shape)}) and B (d_out × r, here {list(case['B'].shape)})"
+    if all(find(known, case[k]) is not None for k in "AB"):
+        raise ValueError(f"parameters of the sizes of {sizes} are there, but they are frozen")
+    if trainable:
+        shapes = ", ".join(str(list(p.shape)) for p in trainable)
+        raise ValueError(f"what trains in the layer are tensors of the shapes {shapes}, and not {sizes}")
+    raise ValueError(f"nothing that trains was found in layer.parameters(); expected {sizes}")
 
 
 def find(tensors: list[Tensor], like: Tensor) -> Tensor | None:
@@ -1030,26 +1082,25 @@ def inject_probe(work: Callable, case: dict) -> dict[str, Any]:
     modules = dict(model.named_modules())
     detach = work(model, tuple(case["targets"]), Wrapped)
     ours = {id(p) for m in model.modules() if isinstance(m, Wrapped) for p in (m.A, m.B)}
+    if not callable(detach) or isinstance(detach, nn.Module):
+        raise TypeError(f"inject should return a function without arguments; it returned a {type(detach).__name__}")
     leaves: dict[str, Any] = {
         "layers that were wrapped": wrapped_names(model), "output after injecting": plain(model(x)),
         "parameters of the base that still train": sorted(n for n, (p, _, _) in before.items() if p.requires_grad),
         "trainable numbers in the adapters": sum(
-            p.numel() for p in model.parameters() if p.requires_grad and id(p) in ours),
-        "what inject returns": (
-            "a function" if callable(detach) and not isinstance(detach, nn.Module) else "not a function")}
-    if leaves["what inject returns"] == "a function":
-        detach()
-        now = dict(model.named_parameters())
-        leaves["layers still wrapped after detaching"] = wrapped_names(model)
-        leaves["output after detaching"] = plain(model(x))
-        leaves["after detaching, every module is the one it was"] = (
-            all(dict(model.named_modules()).get(name) is m for name, m in modules.items()))
-        leaves["after detaching, every weight is bit for bit as it was"] = (
-            all(n in now and torch.equal(now[n].detach(), old) for n, (_, old, _) in before.items()))
-        leaves["parameters that train after detaching and did not before"] = sorted(
-            n for n, (p, _, trained) in before.items() if p.requires_grad and not trained)
-        leaves["parameters that trained before and do not after detaching"] = sorted(
-            n for n, (p, _, trained) in before.items() if trained and not p.requires_grad)
+            p.numel() for p in model.parameters() if p.requires_grad and id(p) in ours)}
+    detach()
+    now = dict(model.named_parameters())
+    leaves["layers still wrapped after detaching"] = wrapped_names(model)
+    leaves["output after detaching"] = plain(model(x))
+    leaves["after detaching, every module is the one it was"] = (
+        all(dict(model.named_modules()).get(name) is m for name, m in modules.items()))
+    leaves["after detaching, every weight is bit for bit as it was"] = (
+        all(n in now and torch.equal(now[n].detach(), old) for n, (_, old, _) in before.items()))
+    leaves["parameters that train after detaching and did not before"] = sorted(
+        n for n, (p, _, trained) in before.items() if p.requires_grad and not trained)
+    leaves["parameters that trained before and do not after detaching"] = sorted(
+        n for n, (p, _, trained) in before.items() if trained and not p.requires_grad)
     try:
         work(new_model(), ("no_such_proj",), Wrapped)
         leaves["a target that no layer has"] = "nothing is said"
@@ -1196,9 +1247,9 @@ LORA_INJECT = Exercise(
         "detached, all trainable": (make_inject(flags="all on"),
             "detach() unfreezes everything, also what was frozen before you came (one bias of the embedding, here). "
             "Restore what was, not True."),
-        "returns the model": (make_inject(returns="model"),
-            "inject should return a function without arguments that takes the adapters out again; this returns the "
-            "model."),
+        "returns something else": (make_inject(returns="model"),
+            "inject should return a function without arguments that takes the adapters out again, not its result and "
+            "not the model: define detach inside of inject, and end with return detach (no brackets)."),
     },
     alternatives={"walks the children": inject_by_walking, "edits _modules": inject_by_dictionary},
     rtol=1e-4, atol=1e-5, accepts="function", hides=HIDES)
@@ -1237,8 +1288,8 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="lora-q-rank-and-step", chapter=CHAPTER, points=1, right="d",
-        text="You go from r = 8 to r = 64 and leave α = 16 and the learning rate alone. How does the change of the model's "
-             "**output** after the very first step of Adam compare?",
+        text="You go from r = 8 to r = 64 and leave α = 16 and the learning rate alone. How does the change of the "
+             "model's **output** after the very first step of Adam compare?",
         options={
             "a": ("About eight times as large: eight times as many directions are summed.",
                   "Eight times as many, and the scale α/r divides by eight. This would be right without the "
@@ -1255,8 +1306,8 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="lora-q-merged-file", chapter=CHAPTER, points=1, right="a",
-        text="You merge a trained adapter of rank 8 into its model and save the model. How big is the file, compared with "
-             "the base model's?",
+        text="You merge a trained adapter of rank 8 into its model and save the model. How big is the file, compared "
+             "with the base model's?",
         options={
             "a": ("As big: the same matrices with other numbers in them.",
                   "Right. What merging saves is the extra multiplication; the small file is the one with A and B, "
@@ -1289,19 +1340,19 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="lora-q-translate", chapter=CHAPTER, points=1, right="c",
-        text="Some lecture notes write $\\Delta W = AB$ for a layer $y = Wx$, where $A$ is $d_{out} \\times r$ and $B$ is "
-             "$r \\times d_{in}$. You want to load their matrices into PEFT. What goes into `lora_A.weight`?",
+        text="A colleague's code keeps a matrix `down` of shape `[512, 16]` and a matrix `up` of shape `[16, 2048]`, and "
+             "adds `x @ down @ up` to the output of a layer that takes 512 numbers and gives 2048. What goes into "
+             "PEFT's `lora_A.weight`?",
         options={
-            "a": ("Their $A$: the names agree.",
-                  "The names agree and the roles do not: their A is d_out × r and comes last. lora_A is r × d_in and "
-                  "meets the input first."),
-            "b": ("Their $A$, transposed.",
-                  "That has the shape r × d_out. It fits only where d_in = d_out, and is then silently wrong."),
-            "c": ("Their $B$.",
-                  "Right: the factor that meets x first has shape r × d_in, whatever it is called. Their A goes into "
-                  "lora_B."),
-            "d": ("It does not matter: the product is the same.",
-                  "BA and AB are different matrices, and here of different shapes. And the start differs: PEFT's "
-                  "lora_B is the one that begins at zero."),
+            "a": ("`down`",
+                  "It is the right factor in the wrong orientation. lora_A.weight is r × d_in, here [16, 512]; "
+                  "`down` is its transpose."),
+            "b": ("`up`",
+                  "`up` has 16 rows, as lora_A has, but it meets x second. lora_A is the factor that meets x first, "
+                  "and its rows are d_in = 512 long."),
+            "c": ("`down.T`",
+                  "Right: `down` meets x first, and PyTorch stores a weight as outputs × inputs, here [16, 512]."),
+            "d": ("`up.T`",
+                  "That is lora_B.weight: d_out × r, here [2048, 16]. lora_A is the factor that meets x first."),
         }),
 ]

@@ -41,15 +41,16 @@ def format_inputs(rng: torch.Generator) -> list[dict]:
     ]
 
 
-def is_pair(result) -> bool:
-    return isinstance(result, (tuple, list)) and len(result) == 2
+def pair(result, names: str):
+    """The two things a work returned. A TypeError says what came instead: the judge shows it as it stands."""
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        came = "None (is a `return` missing?)" if result is None else f"one {type(result).__name__}"
+        raise TypeError(f"return two things, {names}; this returned {came}")
+    return result
 
 
 def format_probe(format_example, case: dict) -> dict:
-    result = format_example(dict(case["row"]))
-    if not is_pair(result):
-        return {"what was returned": result}
-    prompt, answer = result
+    prompt, answer = pair(format_example(dict(case["row"])), "(prompt, answer)")
     whole = prompt + answer == case["row"]["text"] if isinstance(prompt, str) and isinstance(answer, str) else False
     return {"prompt": prompt, "answer": answer, "prompt + answer is the text": whole}
 
@@ -80,6 +81,10 @@ FORMAT = Exercise(
             lambda row: ((p := format_reference(row)[0])[:-1], "\n" + row["output"]),
             "The newline before the answer went to the answer. Then the prompt ends in mid-line: the newline belongs "
             "to the prompt, so that the model's first token is the first token of its answer."),
+        "newline after the input lost": (
+            lambda row: (row["instruction"] + "\n" + row["input"], row["output"]),
+            "The input has no line end after it, so the answer would begin in the same line. Instruction and input "
+            "each get a line end."),
         "newline lost": (
             lambda row: (format_reference(row)[0].rstrip("\n"), row["output"]),
             "The newline between prompt and answer got lost, so prompt + answer is no longer the row's `text`. A "
@@ -135,12 +140,9 @@ def plain(ids) -> list[int]:
 
 
 def mask_probe(mask_labels, case: dict) -> dict:
-    result = mask_labels(list(case["prompt_ids"]), list(case["answer_ids"]), case["bos_id"], case["eos_id"],
-                         case["max_length"])
-    if not is_pair(result):
-        return {"what was returned": result}
-    ids, labels = map(plain, result)
-    return {"number of ids": len(ids), "number of labels": len(labels), "input_ids": ids, "labels": labels}
+    ids, labels = pair(mask_labels(list(case["prompt_ids"]), list(case["answer_ids"]), case["bos_id"], case["eos_id"],
+                                   case["max_length"]), "(input_ids, labels)")
+    return {"input_ids": plain(ids), "labels": plain(labels)}
 
 
 def cut_prompt(prompt, answer, max_length):
@@ -264,6 +266,14 @@ MASK = Exercise(
             relabelled(lambda ids, labels, n: labels[n:]),
             "The labels are shorter than the ids. They run in parallel, one label for each id: a masked place still "
             "takes a place, with -100 in it."),
+        "not cut": (
+            lambda p, a, bos, eos, m: mask_reference(p, a, bos, eos, 10**6),
+            "A row that is too long stays too long: max_length is not used. Drop tokens from the beginning of the "
+            "prompt until everything fits."),
+        "end of the prompt cut": (
+            lambda p, a, bos, eos, m: mask_reference(p[:m - len(a) - 2], a, bos, eos, m),
+            "A row that is too long lost the *end* of its prompt, the part right before the answer (here the input "
+            "would stand). Drop tokens from its beginning."),
         "cut on the right": (
             mask_cut_right,
             "A row that is too long was cut at its end: the answer loses its last tokens and end-of-text. Cut the "
@@ -278,8 +288,8 @@ MASK = Exercise(
             "between begin-of-text and the rest of the prompt."),
         "minus zero": (
             mask_minus_zero,
-            "When no room is left for the prompt, or more than enough, the slice goes wrong: prompt[-0:] is the "
-            "*whole* prompt, because -0 is 0. Slice from max(0, len(prompt) - room)."),
+            "When no room is left for the prompt, the slice goes wrong: prompt[-0:] is the *whole* prompt, because "
+            "-0 is 0. Slice from max(0, len(prompt) - room)."),
     },
     alternatives={"clone and overwrite, on tensors": mask_on_tensors, "token by token": mask_by_loop},
     hides=("pefttools.lab", "trl"),
@@ -306,7 +316,8 @@ def collate_inputs(rng: torch.Generator) -> list[dict]:
 def collate_probe(collate, case: dict) -> dict:
     batch = collate([{k: list(v) for k, v in row.items()} for row in case["rows"]], case["pad_id"])
     if not hasattr(batch, "keys"):
-        return {"what was returned": batch}
+        raise TypeError("return a dict with input_ids, attention_mask and labels; this returned "
+                        + ("None (is a `return` missing?)" if batch is None else f"one {type(batch).__name__}"))
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels") if name in batch}
 
 
@@ -359,6 +370,10 @@ def change_mask_by_value(batch, rows, pad_id):
 def change_both_by_value(batch, rows, pad_id):
     change_ignore_pads(batch, rows, pad_id)
     change_mask_by_value(batch, rows, pad_id)
+
+
+def change_prompt_hidden(batch, rows, pad_id):
+    batch["attention_mask"] = (batch["labels"] != IGNORE).long()
 
 
 def change_ones(batch, rows, pad_id):
@@ -443,6 +458,11 @@ COLLATE = Exercise(
         "attention mask upside down": (
             rebatched(change_upside_down),
             "The attention mask is upside down: 1 means a real token, 0 means padding."),
+        "prompt hidden": (
+            rebatched(change_prompt_hidden),
+            "The attention mask is 0 on the prompt (you made it from the labels): the model could not read the "
+            "question. A label of -100 means 'not counted', an attention mask of 0 means 'not there'. The prompt is "
+            "there."),
         "labels copied from ids": (
             rebatched(change_copy_ids),
             "The labels are the ids again (with padding ignored): the -100 on each prompt, which you were given in "
@@ -533,7 +553,8 @@ def step_probe(training_step, case: dict) -> dict:
     for i, micro_batches in enumerate(case["steps"], start=1):
         copies = [{k: v.clone() for k, v in b.items()} for b in micro_batches]
         loss = training_step(model, copies, optimizer, scheduler, case["clip"])
-        seen |= {f"loss of step {i}": float(loss),
+        loss = float(loss) if isinstance(loss, torch.Tensor) and loss.numel() == 1 else loss
+        seen |= {f"loss of step {i}": loss,
                  f"learning rate after step {i}": float(optimizer.param_groups[0]["lr"]),
                  f"frozen base weight after step {i}": model.embed.detach().clone(),
                  f"head after step {i}": model.head.detach().clone(),
@@ -552,8 +573,9 @@ def step_maker(*, divide="tokens", zero="end", clip="once", step="once", schedul
             labels = {"shifted": b["labels"][:, 1:], "unshifted": b["labels"], "twice": b["labels"][:, 2:]}[targets]
             out = F.cross_entropy(logits[:, :labels.shape[1]].flatten(0, 1), labels.flatten(), reduction="sum")
             here = max(1, int((labels != IGNORE).sum()))
-            out = out / {"tokens": total_targets, "means": here * len(micro_batches), "sum of means": here,
-                         "nothing": 1}[divide]
+            read = sum(int(m["attention_mask"].sum()) for m in micro_batches)
+            out = out / {"tokens": total_targets, "all tokens": read, "means": here * len(micro_batches),
+                         "sum of means": here, "nothing": 1}[divide]
             if zero == "each":
                 optimizer.zero_grad()
             out.backward()
@@ -579,6 +601,17 @@ def step_maker(*, divide="tokens", zero="end", clip="once", step="once", schedul
             optimizer.zero_grad()
         return reported
     return training_step
+
+
+def step_by_all_tokens(model, micro_batches, optimizer, scheduler, clip):
+    counts = [b["attention_mask"].sum() for b in micro_batches]
+    losses = [model(**b).loss * n / sum(counts) for b, n in zip(micro_batches, counts)]
+    sum(losses).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return sum(losses).item()
 
 
 def step_with_loss_of_the_model(model, micro_batches, optimizer, scheduler, clip):
@@ -649,6 +682,14 @@ STEP = Exercise(
             step_maker(divide="nothing"),
             "The loss is a sum over tokens that nobody divides: loss and gradient grow with the length of the "
             "answers. Divide by the number of targets of the whole step."),
+        "weighted by all tokens": (
+            step_by_all_tokens,
+            "The micro-batches are weighted by their number of tokens, the prompts included (the attention mask "
+            "counts what is read). What is averaged are *targets*: count labels that are not -100."),
+        "divided by all tokens": (
+            step_maker(divide="all tokens"),
+            "The sum is divided by the number of tokens that were read, the prompts included. Divide by the number "
+            "of *targets*: labels that are not -100."),
         "gradients not zeroed": (
             step_maker(zero="never"),
             "The first step is right, the next is not: gradients of earlier steps are still there, and `backward` "
@@ -753,6 +794,9 @@ def peft_keys(model) -> dict[str, torch.Tensor]:
     return {in_file(name): p.detach().clone() for name, p in model.named_parameters() if is_adapter(name)}
 
 
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
 def save_inputs(rng: torch.Generator) -> list[dict]:
     def draw(low):
         return int(torch.randint(low, low + 1000, (1,), generator=rng))
@@ -765,20 +809,20 @@ def save_inputs(rng: torch.Generator) -> list[dict]:
 def save_probe(work, case: dict) -> dict:
     from safetensors.torch import load_file, save_file
 
-    save_adapter, load_adapter = work
+    save_adapter, load_adapter = pair(work, "(save_adapter, load_adapter)")
     model, out = toy_model(case, "seed"), {}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "runs" / "first"      # does not exist yet, as in real life
         save_adapter(model, str(folder), case["r"], case["alpha"], list(case["target_modules"]))
         files = sorted(f.name for f in folder.iterdir()) if folder.exists() else []
-        out["files in the folder"] = files
+        out["files in the folder"] = {name: True for name in PEFT_FILES if name in files}
         config = json.loads((folder / "adapter_config.json").read_text()) if "adapter_config.json" in files else {}
         for field in ("peft_type", "r", "lora_alpha"):
             out[f"adapter_config.json: {field}"] = config.get(field)
         out["adapter_config.json: target_modules"] = sorted(config.get("target_modules") or [])
         saved = load_file(folder / "adapter_model.safetensors") if "adapter_model.safetensors" in files else {}
         out["names of the saved tensors"] = sorted(saved)
-        out["saved tensors"] = {name: saved[name] for name in sorted(saved)}
+        out["saved tensors, in the order of their names"] = [saved[name] for name in sorted(saved)]
 
         # Loading is judged on files that the student did not write, into a model with another base and other adapters.
         given = Path(root) / "given"
