@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 from collections import defaultdict
@@ -96,7 +97,7 @@ def finish(work: Path, to: Path) -> dict:
     corpus = json.loads((work / "corpus.json").read_text())
     samples = {p: generate(model, tokenizer, p, max_new_tokens=60) for p in PROMPTS}
     about = {"parameters": sum(p.numel() for p in model.parameters()), "held_out": held, "steps": log[-1]["step"],
-             "tokens": log[-1]["tokens"], "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+             "tokens": log[-1]["tokens"], "machine": f"{platform.machine()}, {os.cpu_count()} cores",
              "torch": torch.__version__, "shape": pretrain.SHAPE, "corpus": {k: v for k, v in corpus.items()},
              "log": [r for r in log if r["step"] % 50 == 0 or "held_out_loss" in r]}
     (to / "training.json").write_text(json.dumps(about, indent=1) + "\n")
