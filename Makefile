@@ -14,11 +14,11 @@ STALE = stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test build grade doctor clean stale
+.PHONY: help lab test build grade doctor bench-lab clean stale
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 $(STAMP): pyproject.toml .ci/constraints.txt $(STALE)
 	@sh .ci/environment "$(VENV)" "$@"
@@ -38,6 +38,9 @@ grade: $(STAMP)  ## instructors: grade a folder of submissions (SUBMISSIONS=fold
 
 doctor: $(STAMP)  ## what works on this machine, and what to do about the rest
 	@$(PY) -m pefttools doctor $(ARGS)
+
+bench-lab: $(STAMP)  ## train the bundled model in eight ways, half an hour; writes docs/bundled_finetune.md
+	@$(PY) -m pefttools.lab.compare $(ARGS)
 
 clean:  ## remove the environment and caches; your work in my_course/ stays
 	rm -rf "$(VENV)" .pytest_cache .hypothesis build *.egg-info

@@ -49,19 +49,19 @@ def adapted(model, kind: str, settings: dict):
     return get_peft_model(model, config(task_type="CAUSAL_LM", **settings))
 
 
-def run(name: str, steps: int) -> dict:
-    """Train and evaluate one way. Returns a row of the table."""
+def run(name: str, steps: int, n: int | None = None) -> dict:
+    """Train and evaluate one way, on `n` rows of each held-out part (all by default). Returns a row of the table."""
     from pefttools.inject import count_parameters
     from pefttools.lab import evaluate, held_out_loss, load_base, load_data, train
 
     kind, settings, lr = WAYS[name]
     base = load_base("tiny", quiet=True)
     held_out, new_kinds = load_data("held_out"), load_data("new_kinds")
-    before = evaluate(base.model, base.tokenizer, held_out)
+    before = evaluate(base.model, base.tokenizer, held_out, n=n)
     model = adapted(base.model, kind, settings)
     trainable, total = count_parameters(model)
     history = train(model, load_data("train"), base.tokenizer, steps=steps, lr=lr, progress=False)
-    after, new = evaluate(model, base.tokenizer, held_out), evaluate(model, base.tokenizer, new_kinds)
+    after, new = (evaluate(model, base.tokenizer, part, n=n) for part in (held_out, new_kinds))
     return {"name": name, "lr": lr, "steps": steps, "trainable": trainable, "share": trainable / total,
             "seconds": history.seconds, "loss": held_out_loss(model, base.tokenizer, held_out),
             "kinds": len(after.by_kind), "rows": len(after.rows), "before": before.pass_at_1, "after": after.pass_at_1,

@@ -15,7 +15,7 @@ from pefttools.lab.tasks import KINDS
 from pefttools.lab.tasks.core import Kind, Slots, draw_slots, row_of
 
 SEED = 2024
-ROWS_PER_KIND = {"train": 120, "held_out": 9, "new_kinds": 12}
+ROWS_PER_KIND = {"train": 170, "held_out": 11, "new_kinds": 7}
 COLUMNS = ("instruction", "input", "output", "text", "kind", "family", "tests")
 FOLDER = Path(__file__).resolve().parent.parent / "data"
 INDEX = "splits.json"

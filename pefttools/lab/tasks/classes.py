@@ -47,6 +47,7 @@ KINDS = [
         tests=lambda s: [f"assert {s.name}().{s.field} == {s.start}",
                          f"_it = {s.name}()\n_it.{s.method}()\n_it.{s.method}()\n"
                          f"assert _it.{s.field} == {s.start + 2 * s.n}"],
+        new=True,
     ),
     Kind(
         "dataclass_default", "classes",

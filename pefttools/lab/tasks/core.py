@@ -17,6 +17,7 @@ the whole data set, other constants (numbers, words, letters, fields, separators
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,11 @@ OPENINGS = {
     "train": {
         "write": ("Write a function `$head`", "Write `$head`, a function", "Define a function `$head`",
                   "Create a function `$head`", "Implement a function `$head`", "Write a Python function `$head`",
-                  "I need a function `$head`"),
+                  "I need a function `$head`", "Can you write a function `$head`", "Code a function `$head`",
+                  "Show me a function `$head`", "Complete `$head`, a function", "Build a function `$head`"),
         "make": ("Write a class `$name`", "Define a class `$name`", "Create a class `$name`",
-                 "Write a Python class `$name`", "I need a class `$name`"),
+                 "Write a Python class `$name`", "I need a class `$name`", "Code a class `$name`",
+                 "Show me a class `$name`", "Build a class `$name`"),
     },
     "held_out": {
         "write": ("Please write a function `$head`", "Make a function `$head`", "Give me a function `$head`"),
@@ -43,6 +46,11 @@ OPENINGS = {
 }
 OPENINGS["new_kinds"] = {opening: phrases + OPENINGS["held_out"][opening]
                          for opening, phrases in OPENINGS["train"].items()}
+
+CLOSING = re.compile(r"(?P<task>.*)\. (?:The function is|Call it) (?P<name>`\$\w+`)\.")
+CLOSINGS = ("{task}. The function is {name}.", "{task}. Call it {name}.", "{task}. Name it {name}.", "{task}, in a function {name}.",
+            "{name}: {task}.", "Task for {name}: {task}.")
+"""Other ways to put the name into a training wording that ends with it; a few words of variety that cost no kind a line."""
 
 COMPARE = {">": ("more than", "greater than", "over", "above"), ">=": ("at least", "not less than"),
            "<": ("less than", "below", "under"), "<=": ("at most", "not more than")}
@@ -224,7 +232,10 @@ def draw_slots(kind: Kind, rng: random.Random, split: str) -> tuple[Slots, str]:
     for opening, phrases in OPENINGS[split].items():
         slots[opening] = fill(rng.choice(phrases), slots)
     wordings = {"train": kind.wordings, "held_out": kind.held_out, "new_kinds": (*kind.wordings, *kind.held_out)}[split]
-    return slots, rng.choice(wordings)
+    wording = rng.choice(wordings)
+    if split == "train" and (parts := CLOSING.fullmatch(wording)):
+        wording = rng.choice(CLOSINGS).format(**parts.groupdict())
+    return slots, wording
 
 
 def row_of(kind: Kind, slots: Slots, wording: str) -> dict[str, Any]:

@@ -100,6 +100,7 @@ KINDS = [
         code="def $name(day):\n    return day.strftime('$order')",
         setup=SETUP,
         tests=lambda s: [equal(s.name, day, as_text(day, s)) for day in (dt.date(2024, 3, 17), dt.date(1998, 11, 5))],
+        new=True,
     ),
     Kind(
         "month_day", "dates",
@@ -120,6 +121,7 @@ KINDS = [
         code="from datetime import date\n\ndef $name(year):\n    return date(year, $month, $day)",
         setup=SETUP,
         tests=lambda s: [f"assert {s.name}({year}) == _dt.date({year}, {s.month}, {s.day})" for year in (2024, 1987)],
+        new=True,
     ),
     Kind(
         "days_until", "dates",
@@ -142,6 +144,7 @@ KINDS = [
         setup=SETUP,
         tests=lambda s: [equal(s.name, day, day_of(s).toordinal() - day.toordinal(), s.arg)
                          for day in (dt.date(2000, 1, 1), dt.date(2030, 12, 24), day_of(s))],
+        new=True,
     ),
     Kind(
         "is_weekday", "dates",
@@ -185,6 +188,7 @@ KINDS = [
         setup=SETUP,
         tests=lambda s: [f"assert {s.name}({s.arg}={source(day_of(s) + dt.timedelta(shift))}) is "
                          f"{shift < 0 if s.op == '<' else shift > 0}" for shift in (-1, 0, 1)],
+        new=True,
     ),
     Kind(
         "time_step", "dates",

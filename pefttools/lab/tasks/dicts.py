@@ -160,6 +160,7 @@ KINDS = [
                          ([],), ([{s.field: s.word.title()}],)],
         answer=lambda s, rows: [row for row in rows if (row.get(s.field) == s.word) == (s.op == "==")],
         example="{'$field': '$word'}",
+        new=True,
     ),
     Kind(
         "rename_key", "dicts",

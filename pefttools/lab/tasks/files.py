@@ -96,6 +96,7 @@ KINDS = [
                                [f"line {i}" for i in range(count) if {":$n": i < s.n, "-$n:": count - i <= s.n,
                                                                       "$n:": i >= s.n}[s.part]])
                          for count in (s.n * 2 + 1, 1)],
+        new=True,
     ),
     Kind(
         "json_field", "files",

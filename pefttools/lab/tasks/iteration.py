@@ -34,6 +34,7 @@ KINDS = [
         calls=lambda s: [(s.stop + 3 * s.k,), (s.stop + 3 * s.k + 1,), (s.stop,), (s.stop + 2 * s.k - 1,)],
         answer=lambda s, n: [n - i * s.k for i in range(n) if n - i * s.k >= s.last + 1],
         example=lambda s: f"from {s.stop + 2 * s.k}",
+        new=True,
     ),
     Kind(
         "recursive", "iteration",
@@ -134,6 +135,7 @@ KINDS = [
         code="def $name(n):\n    x = $start\n    for _ in range(n):\n        x = x * $k + $b\n    return x",
         calls=lambda s: [(0,), (1,), (4,)],
         answer=lambda s, n: s.start * s.k ** n + s.b * sum(s.k ** i for i in range(n)),
+        new=True,
     ),
     Kind(
         "first_match", "iteration",

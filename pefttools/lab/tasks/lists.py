@@ -34,6 +34,7 @@ KINDS = [
         calls=lambda s: [([s.n, s.n + 1, s.n - 1, 0, 999],), ([],), ([s.n - 0.5, -s.n, s.n + 0.5],)],
         answer=lambda s, values: list(filter(lambda x: holds(s.op, x, s.n), values)),
         example=lambda s: f"[{s.n - 1}, {s.n}, {s.n + 1}]",
+        new=True,
     ),
     Kind(
         "map_values", "lists",
@@ -259,6 +260,7 @@ KINDS = [
         calls=lambda s: [(list(range(s.n * 2 + 1)),), (list(range(s.n + 1)),)],
         answer=lambda s, items: [items[(i + (s.n if s.side_said == "left" else -s.n)) % len(items)]
                                  for i in range(len(items))],
+        new=True,
     ),
     Kind(
         "all_any", "lists",
@@ -281,6 +283,7 @@ KINDS = [
         answer=lambda s, values: (len(values) == sum(holds(s.op, x, s.n) for x in values)) if s.which == "all" else
         sum(holds(s.op, x, s.n) for x in values) > 0,
         example=lambda s: f"[{s.n - 1}, {s.n}]",
+        new=True,
     ),
     Kind(
         "count_divisible", "lists",

@@ -32,6 +32,7 @@ KINDS = [
         code="def $name($arg):\n    return $arg * $a $sign $b",
         calls=lambda s: [(3,), (0,), (-7,)],
         answer=lambda s, x: sum([x] * s.a) + (s.b if s.sign == "+" else -s.b),
+        new=True,
     ),
     Kind(
         "remainder", "numbers",
@@ -185,6 +186,7 @@ KINDS = [
         code="def $name(number):\n    return number * $factor + $b",
         calls=lambda s: [(2,), (0,), (15,)],
         answer=lambda s, x: sum([s.factor] * x, s.b),
+        new=True,
     ),
     Kind(
         "count_digit", "numbers",
@@ -229,6 +231,7 @@ KINDS = [
         calls=lambda s: [(s.n,), (s.n + 1,), (s.n - 1,), (s.n + 0.5,), (s.n - 0.5,)],
         answer=lambda s, x: (s.no, s.yes)[holds(s.op, x, s.n)],
         example=lambda s: f"{s.arg} = {s.n + len(s.name)}",
+        new=True,
     ),
     Kind(
         "nearest_multiple", "numbers",

@@ -50,6 +50,7 @@ KINDS = [
         calls=lambda s: [([x * 37 % 101 for x in range(s.n + 3)],), ([3, 1, 2],), ([],)],
         answer=lambda s, values: (sorted(values)[::-1] if s.order else sorted(values))[:s.n],
         example=lambda s: f"[3, {len(s.name)}, 1]",
+        new=True,
     ),
     Kind(
         "sort_words", "sorting",

@@ -118,6 +118,7 @@ KINDS = [
                                 "-$n:": "".join(c for i, c in enumerate(text) if len(text) - i <= s.n),
                                 "$n:": "".join(c for i, c in enumerate(text) if i >= s.n),
                                 ":-$n": "".join(c for i, c in enumerate(text) if len(text) - i > s.n)}[s.part],
+        new=True,
     ),
     Kind(
         "truncate", "strings",
@@ -160,6 +161,7 @@ KINDS = [
         calls=lambda s: [("ab",), ("x" * (s.n - 1),), ("y" * (s.n + 2),), ("",)],
         answer=lambda s, text: format(text, f"{s.fill}{dict(rjust='>', ljust='<', center='^')[s.side]}{s.n}")
         if s.side != "center" else text.center(s.n, s.fill),
+        new=True,
     ),
     Kind(
         "case_with_tail", "strings",
@@ -205,6 +207,7 @@ KINDS = [
                          (s.sep.join(("q,r", "s t", "u", "vw", "x", "")),)],
         answer=lambda s, text: [part for part in text.replace(s.sep, "\n").split("\n")][s.place],
         example="'a${sep}b${sep}c${sep}d${sep}e'",
+        new=True,
     ),
     Kind(
         "count_text", "strings",

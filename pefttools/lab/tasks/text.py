@@ -24,6 +24,7 @@ KINDS = [
         calls=lambda s: [(" ".join(("a" * (s.n - 1), "b" * s.n, "c" * s.n, *["d" * (s.n + 1)] * 3)),), ("",),
                          (" ".join(["x" * (s.n + 2), *["y" * (s.n - 1)] * 2]),)],
         answer=lambda s, text: [holds(s.op, len(word), s.n) for word in text.split(" ") if word].count(True),
+        new=True,
     ),
     Kind(
         "keep_words", "text",
