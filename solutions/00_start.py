@@ -602,7 +602,7 @@ my_guess_forgetting = None   # how many nats? write a number in place of None
 # %%
 full = copy.deepcopy(model)
 lora = attach(copy.deepcopy(model), adapter)
-many = steps(full=100)
+many = steps(full=80)
 instructions = load_data("train").shuffle(seed=0).select(range(16 * many))     # each of them is seen once
 
 runs = {"full": train(full, instructions, tokenizer, steps=many, lr=1e-3),
@@ -635,6 +635,8 @@ display(Markdown(
     + f"\n\nWith LoRA off, both losses are exactly those of the beginning: **{results['LoRA off'] == before}**."))
 
 # %% [markdown]
+# *Whatever was forgotten with the adapter on comes back when it is taken off; a full fine-tune has no such switch.*
+#
 # Read the last column with care, because two popular sentences are tested by it.
 #
 # - *"Full fine-tuning forgets."* The row **full** says how much, after a minute of training on data that is Python as

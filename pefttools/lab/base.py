@@ -65,6 +65,7 @@ def load_base(name: str = "tiny", *, dtype=None, device=None, revision: str | No
 def load_tiny(dtype, **kwargs):
     """The bundled model, after its files were checked against their recorded SHA-256."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as logs
 
     sums = TINY / "sha256.json"
     if not sums.exists():
@@ -74,7 +75,13 @@ def load_tiny(dtype, **kwargs):
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError(f"{path} is {'missing' if not path.exists() else 'damaged (its checksum is another)'}: "
                              "reinstall pefttools, or restore the file from the repository")
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, local_files_only=True, **kwargs)
+    shown = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()  # for a tenth of a second a bar is noise, and it goes to stderr
+    try:
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, local_files_only=True, **kwargs)
+    finally:
+        if shown:
+            logs.enable_progress_bar()
     return model, tokenizer_of(TINY, local_files_only=True)
 
 

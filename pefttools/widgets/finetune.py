@@ -1,7 +1,8 @@
-"""Pictures of chapter 03: tokens with what is masked and what is a target, padding, accumulation, memory, before and after.
+"""Pictures of chapter 03: masked tokens and targets, padding, accumulation, memory, before and after.
 
-Each function that draws is pure: data in, a Matplotlib figure out. `mask_viewer` and `generation_viewer` put a chooser in
-front of two of them. Prompt, target and padding keep one look through the whole chapter, which reads without colour too:
+Each function that draws is pure: data in, a Matplotlib figure out. `mask_viewer` and `generation_viewer` put a chooser
+in front of two of them. Prompt, target and padding look the same all through the chapter, and are told apart without
+colour too:
 
     prompt   grey, hatched      (read, not a target)
     target   orange, plain      (the loss is taken here; end-of-text has a thick border)
@@ -36,7 +37,8 @@ def _box(ax, x, y, w, h, kind, text="", size=9.0, bold=False):
     from matplotlib.patches import Rectangle
 
     face, hatch, style, line = LOOK[kind]
-    ax.add_patch(Rectangle((x, y), w, h, fc=face, ec="#9A9A9A" if kind == "prompt" else INK, hatch=hatch, ls=style, lw=line))
+    edge = "#9A9A9A" if kind == "prompt" else INK
+    ax.add_patch(Rectangle((x, y), w, h, fc=face, ec=edge, hatch=hatch, ls=style, lw=line))
     if text:
         back = {"fc": face, "ec": "none", "pad": 0.6} if hatch else None
         ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, family="monospace", color=INK,
@@ -46,7 +48,8 @@ def _box(ax, x, y, w, h, kind, text="", size=9.0, bold=False):
 def _legend(ax, kinds, **where):
     from matplotlib.patches import Patch
 
-    handles = [Patch(fc=LOOK[k][0], hatch=LOOK[k][1], ls=LOOK[k][2], lw=LOOK[k][3], ec=INK, label=SAYS[k]) for k in kinds]
+    handles = [Patch(fc=LOOK[k][0], hatch=LOOK[k][1], ls=LOOK[k][2], lw=LOOK[k][3], ec=INK, label=SAYS[k])
+               for k in kinds]
     ax.legend(handles=handles, frameon=False, fontsize=9, ncols=len(kinds), handlelength=2.2, handleheight=1.3,
               **({"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2} | where))
 
@@ -136,8 +139,9 @@ def row_alt(encoded: Mapping, tokenizer, pad_to: int = 0) -> str:
     """The same in words, for those who do not see the figure."""
     n, masked = len(encoded["input_ids"]), sum(label == IGNORE for label in encoded["labels"])
     padding = max(0, pad_to - n)
-    return (f"A row of {n + padding} tokens in boxes: {masked} of the prompt, grey and hatched, with label −100; {n - masked} of the "
-            f"answer, orange, as targets, the last of them end-of-text with a thick border; {padding} of padding, dashed.")
+    return (f"A row of {n + padding} tokens in boxes: {masked} of the prompt, grey and hatched, with label −100; "
+            f"{n - masked} of the answer, orange, as targets, the last of them end-of-text with a thick border; "
+            f"{padding} of padding, dashed.")
 
 
 # --- the seven steps, padding, accumulation, memory -------------------------------------------------------------------
@@ -151,7 +155,8 @@ def seven_steps(steps: Sequence[tuple[str, str]]):
     for i, (name, makes) in enumerate(steps):
         x = 1.5 * i
         _box(ax, x, 0.1, 1.2, 0.8, "target" if name.startswith("5") or name.startswith("6") else "padding")
-        ax.text(x + 0.6, 0.5, name.replace(" ", "\n", 1), ha="center", va="center", fontsize=9.5, fontweight="bold", color=INK)
+        ax.text(x + 0.6, 0.5, name.replace(" ", "\n", 1), ha="center", va="center", fontsize=9.5,
+                fontweight="bold", color=INK)
         ax.text(x + 0.6, -0.05, makes, ha="center", va="top", fontsize=8.2, color=INK)
         if i:
             ax.annotate("", (x - 0.02, 0.5), (x - 0.28, 0.5), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.2})
@@ -159,7 +164,7 @@ def seven_steps(steps: Sequence[tuple[str, str]]):
 
 
 def padding_bars(lengths: Sequence[tuple[int, int]], fixed: int, batch_size: int):
-    """Rows as bars (prompt, answer, padding), padded to `fixed` tokens on the left and to the longest of a batch on the right.
+    """Rows as bars: on the left padded to `fixed` tokens, on the right to the longest of a batch.
 
     lengths: (prompt tokens, answer tokens) of each row.
     """
@@ -177,7 +182,8 @@ def padding_bars(lengths: Sequence[tuple[int, int]], fixed: int, batch_size: int
         ax.spines[["top", "right", "left"]].set_visible(False)
     left.set_title(f"padded to {fixed}", fontsize=10)
     right.set_title(f"padded to the longest of its batch of {batch_size}", fontsize=10)
-    fig.legend(*_handles(("prompt", "target", "padding")), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    fig.legend(*_handles(("prompt", "target", "padding")), loc="outside upper center", ncols=3, frameon=False,
+               fontsize=9)
     return fig
 
 
@@ -190,7 +196,7 @@ def _handles(kinds):
 
 
 def token_weights(counts: Sequence[int]):
-    """How much a single token weighs in the loss of a step: one bar per token, micro-batch after micro-batch, two ways."""
+    """How much one token weighs in the loss of a step, two ways: a bar per micro-batch, as wide as its tokens."""
     total = sum(counts)
     fig = _figure(10.5, 2.5)
     for ax, title, weights in zip(fig.subplots(1, 2, sharey=True),
@@ -198,11 +204,12 @@ def token_weights(counts: Sequence[int]):
                                   ([1 / (len(counts) * n) for n in counts], [1 / total] * len(counts))):
         x = 0
         for i, (n, w) in enumerate(zip(counts, weights)):
-            ax.bar(x, 100 * w, width=n, align="edge", color=(ORANGE, BLUE, GREEN, GREY)[i % 4], hatch=("", "///", "...", "xx")[i % 4],
-                   ec="white", lw=1)
+            ax.bar(x, 100 * w, width=n, align="edge", color=(ORANGE, BLUE, GREEN, GREY)[i % 4],
+                   hatch=("", "///", "...", "xx")[i % 4], ec="white", lw=1)
             last = i == len(counts) - 1 and i > 0
             ax.text(x + n if last else x, 100 * w + 0.02 * 160 / min(counts) / len(counts),
-                    f"micro-batch {i + 1}\n{n} targets, {100 * w:.2f} % each", ha="right" if last else "left", va="bottom", fontsize=8.5)
+                    f"micro-batch {i + 1}\n{n} targets, {100 * w:.2f} % each", ha="right" if last else "left",
+                    va="bottom", fontsize=8.5)
             x += n
         ax.set_title(title, fontsize=10)
         ax.set(xlabel="target token of the step", ylim=(0, 160 / min(counts) / len(counts)))
@@ -263,7 +270,8 @@ def before_after_bars(scores: Mapping[str, tuple[tuple[int, int], tuple[int, int
         ax.scatter(a, y, s=130, marker="o", fc="white", ec=INK, lw=1.4, zorder=2, label="before" if not y else None)
         ax.scatter(b, y, s=60, marker="D", color=BLUE, zorder=3, label="after" if not y else None)
         ax.text(104, y, f"{after[0]} of {after[1]}", va="center", fontsize=8.5)
-    ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlim=(-4, 118), xticks=range(0, 101, 20), xlabel="pass@1, %")
+    ax.set(yticks=range(len(scores)), yticklabels=list(scores), xlim=(-4, 118), xticks=range(0, 101, 20),
+           xlabel="pass@1, %")
     ax.invert_yaxis()
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
@@ -313,7 +321,8 @@ def generation_figure(prompt: str, before: Mapping, after: Mapping):
         colour = "#00664B" if ok else "#A84300"
         ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
         ax.text(0.02, 0.96, answer, va="top", ha="left", fontsize=8.4, family="monospace", color=INK, parse_math=False)
-        verdict = "✓ passes all its tests" if ok else f"✗ {textwrap.shorten(row['error'] or 'no answer', 48, placeholder=' …')}"
+        error = textwrap.shorten(row["error"] or "no answer", 48, placeholder=" …")
+        verdict = "✓ passes all its tests" if ok else f"✗ {error}"
         ax.set_title(f"{name}: {verdict}", fontsize=9.5, loc="left", fontweight="bold", color=colour, parse_math=False)
         for spine in ax.spines.values():
             spine.set(color=colour, linewidth=2.2 if ok else 1.2, linestyle="-" if ok else "--")
@@ -325,7 +334,8 @@ def generation_alt(prompt: str, before: Mapping, after: Mapping) -> str:
     def said(row):
         return "passes all its tests" if row["passed"] else f"fails ({row['error'] or 'no answer'})"
 
-    return f"Prompt: {prompt!r}. The base model's answer {said(before)}. The answer with LoRA {said(after)}: {after['answer']!r}"
+    return (f"Prompt: {prompt!r}. The base model's answer {said(before)}. "
+            f"The answer with LoRA {said(after)}: {after['answer']!r}")
 
 
 # --- choosers ---------------------------------------------------------------------------------------------------------
@@ -376,7 +386,8 @@ def generation_viewer(before: Sequence[Mapping], after: Sequence[Mapping]):
     from pefttools.widgets.base import slider_figure
 
     if [r["instruction"] for r in before] != [r["instruction"] for r in after]:
-        raise ValueError("before and after are not about the same prompts, in the same order: evaluate both on the same rows")
+        raise ValueError("before and after are not about the same prompts, in the same order: "
+                         "evaluate both on the same rows")
     pairs = {f"{'✓' if b['passed'] else '✗'} {b['kind']}: {b['instruction'][:70]} ({i + 1})": (a, b)
              for i, (a, b) in enumerate(zip(before, after))}
 

@@ -1,12 +1,12 @@
 """Pictures of chapter 02: the shapes of W₀, A and B; the rank/alpha explorer; where LoRA goes; what a merge saves.
 
-Each function that draws is pure: numbers in, a Matplotlib figure out. As in chapter 00, what trains is orange and plain,
-what is frozen is grey and hatched, so that the pictures read without colour too.
+Each function that draws is pure: numbers in, a Matplotlib figure out. As in chapter 00, what trains is orange and
+plain, what is frozen is grey and hatched, so that the pictures read without colour too.
 """
 
 from __future__ import annotations
 
-import statistics
+import random
 from collections.abc import Mapping, Sequence
 
 TRAINED, FROZEN, INK = "#E69F00", "#D9D9D9", "#222222"  # Okabe and Ito's orange; grey; near black
@@ -58,7 +58,8 @@ def lora_picture(d_in: int = 8, d_out: int = 6, r: int = 2):
     word(middle + d_in + 0.9, "x")
     ax.text((left + middle + d_in) / 2, -0.5, f"trained: {r} × ({d_in} + {d_out}) = {r * (d_in + d_out)} numbers",
             ha="center", va="top", fontsize=10)
-    ax.annotate("", (left + r + 0.35, d_out / 2), (middle - 0.35, d_out / 2), arrowprops={"arrowstyle": "-|>", "color": INK})
+    ax.annotate("", (left + r + 0.35, d_out / 2), (middle - 0.35, d_out / 2),
+                arrowprops={"arrowstyle": "-|>", "color": INK})
     ax.text(left + r + gap / 2, d_out / 2 + 0.3, f"{r} numbers", ha="center", fontsize=9)
     ax.set(xlim=(-2.6, middle + d_in + 1.6), ylim=(-1.6, d_out + 1.5))
     return fig
@@ -93,7 +94,8 @@ def rank_alpha_figure(r: int = 4, alpha: float = 16):
 
     image = left.imshow(delta.numpy(), cmap="PuOr", vmin=-6, vmax=6, aspect="equal", interpolation="nearest")
     fig.colorbar(image, ax=left, shrink=0.6, label="size of an entry", extend="both", location="bottom")
-    left.set(title=f"ΔW = {alpha:g}/{r} · B·A", xlabel=f"$d_{{in}}$ = {WIDTH}", ylabel=f"$d_{{out}}$ = {HEIGHT}", xticks=[], yticks=[])
+    left.set(title=f"ΔW = {alpha:g}/{r} · B·A", xlabel=f"$d_{{in}}$ = {WIDTH}", ylabel=f"$d_{{out}}$ = {HEIGHT}",
+             xticks=[], yticks=[])
 
     number = range(1, len(singular) + 1)
     middle.vlines(number, 0, singular, color=BLUE, lw=2.5)
@@ -103,7 +105,8 @@ def rank_alpha_figure(r: int = 4, alpha: float = 16):
     middle.set(title="its singular values", xlabel="number", xlim=(0, MOST + 6), ylim=(0, 60))
 
     full, ours = WIDTH * HEIGHT, r * (WIDTH + HEIGHT)
-    bars = right.bar(["full ΔW", f"A and B\n(r = {r})"], [full, ours], color=[FROZEN, TRAINED], edgecolor=INK, width=0.6)
+    bars = right.bar(["full ΔW", f"A and B\n(r = {r})"], [full, ours], color=[FROZEN, TRAINED], edgecolor=INK,
+                     width=0.6)
     bars[0].set_hatch("////")
     right.bar_label(bars, [f"{full:,}", f"{ours:,}"], fontsize=9)
     right.axhline(full, color=INK, lw=0.8, ls=":", zorder=0)
@@ -115,9 +118,9 @@ def rank_alpha_figure(r: int = 4, alpha: float = 16):
 
 def explorer_alt(r: int, alpha: float) -> str:
     """What the explorer shows for these values, in words."""
-    return (f"Three panels for r = {r} and alpha = {alpha:g}. A heat map of Delta W. Its singular values: the first {r} are "
-            f"above zero, the other {MOST - r} are zero. Two bars: the full matrix has {WIDTH * HEIGHT:,} numbers, A and B "
-            f"together have {r * (WIDTH + HEIGHT):,}.")
+    return (f"Three panels for r = {r} and alpha = {alpha:g}. A heat map of Delta W. Its singular values: the first {r} "
+            f"are above zero, the other {MOST - r} are zero. Two bars: the full matrix has {WIDTH * HEIGHT:,} numbers, A and "
+            f"B together have {r * (WIDTH + HEIGHT):,}.")
 
 
 def rank_alpha_explorer():
@@ -147,8 +150,8 @@ def placement_figure(runs: Mapping[str, tuple[int, Sequence[float], float, float
     left.legend(frameon=False, fontsize=9)
     after = [v[3] for v in runs.values()]
     room = max(max(after) - min(after), 0.02)
-    right.set(title="held-out rows, after training", xlabel="trainable parameters", ylabel="loss (nats per answer token)",
-              xscale="log", ylim=(min(after) - 0.3 * room, max(after) + 0.5 * room))
+    right.set(title="held-out rows, after training", xlabel="trainable parameters",
+              ylabel="loss (nats per answer token)", xscale="log", ylim=(min(after) - 0.3 * room, max(after) + 0.5 * room))
     low, high = min(v[0] for v in runs.values()), max(v[0] for v in runs.values())
     right.set_xlim(low / 1.8, high * 1.8)
     ticks = sorted({v[0] for v in runs.values()})
@@ -174,29 +177,45 @@ def spectra_figure(spectra: Mapping[str, Sequence[Sequence[float]]], r: int):
                     lw=1, color=colour, alpha=0.7, label=name if k == 0 else None)
     ax.axvline(r + 0.5, color=VERMILION, ls="--", lw=1.2)
     ax.text(r + 0.8, 1.1, f"rank r = {r}", color=VERMILION, fontsize=9, va="bottom")
-    ax.set(xlabel="number of the singular value", ylabel="share of the largest", yscale="log", ylim=(1e-8, 5), xlim=(0, 4 * r))
+    ax.set(xlabel="number of the singular value", ylabel="share of the largest", yscale="log", ylim=(1e-8, 5),
+           xlim=(0, 4 * r))
     ax.legend(frameon=False, fontsize=9, loc="center right")
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 
-def latency_figure(ratios: Mapping[str, Mapping[str, Sequence[float]]]):
-    """Time relative to the base model, one row per variant: median, and the middle 80 % of the rounds as a bar.
+def slowdown(seconds: Sequence[float], base: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """How much slower one thing is than another, from rounds in which both ran: (ratio, low, high).
 
-    ratios: setting ("1 token") → variant ("merged") → one ratio per round.
+    Compares the 20th percentiles, since other programs can only slow a round down, never speed it up. low and high are
+    the 10 % and 90 % points of the same ratio when the rounds are drawn again with replacement (bootstrap).
+    """
+    if len(seconds) != len(base) or not seconds:
+        raise ValueError(f"both need one time for each round; got {len(seconds)} and {len(base)}")
+    rng, n = random.Random(seed), len(base)
+
+    def ratio(rounds: Sequence[int]) -> float:
+        fast = [sorted(times[i] for i in rounds)[len(rounds) // 5] for times in (seconds, base)]
+        return fast[0] / fast[1]
+
+    drawn = sorted(ratio([rng.randrange(n) for _ in range(n)]) for _ in range(200))
+    return ratio(range(n)), drawn[20], drawn[179]
+
+
+def latency_figure(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]]):
+    """Time relative to the base model, one row per variant: a diamond, and the uncertainty as a bar.
+
+    ratios: setting ("1 token") → variant ("merged") → (ratio, low, high), as `slowdown` gives them.
     """
     fig = _figure(9.0, 0.5 + 0.42 * len(next(iter(ratios.values()))) + 0.9)
     axes = fig.subplots(1, len(ratios), sharex=True, sharey=True, squeeze=False)[0]
     for ax, (setting, variants) in zip(axes, ratios.items()):
-        for y, (name, values) in enumerate(reversed(variants.items())):
-            values = sorted(values)
-            low, high = (values[round(q * (len(values) - 1))] for q in (0.1, 0.9))
-            middle = statistics.median(values)
+        for y, (middle, low, high) in enumerate(reversed(variants.values())):
             ax.plot([low, high], [y, y], color=BLUE, lw=3, alpha=0.4, solid_capstyle="butt")
             ax.plot(middle, y, "D", color=BLUE, ms=7)
             ax.annotate(f"{middle:.2f}", (middle, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
         ax.axvline(1, color=INK, lw=1, ls=":")
-        ax.set(title=setting, xlabel="time, base model = 1", yticks=range(len(variants)), yticklabels=list(variants)[::-1],
-               ylim=(-0.6, len(variants) - 0.2))
+        ax.set(title=setting, xlabel="time, base model = 1", yticks=range(len(variants)),
+               yticklabels=list(variants)[::-1], ylim=(-0.6, len(variants) - 0.2))
         ax.spines[["top", "right"]].set_visible(False)
     return fig

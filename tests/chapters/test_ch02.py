@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def test_exercises_and_questions_have_what_the_standard_asks():
 
 
 KNOWN = {  # mistakes that other courses' checks let through
-    "lora-forward": {"zeros", "no scale", "alpha times r", "one over r", "scale twice", "bias dropped", "shapes do not meet"},
+    "lora-forward": {"zeros", "no scale", "alpha times r", "one over r", "scale twice", "bias dropped",
+                     "shapes do not meet"},
     "lora-init": {"both zero", "B random", "A zero, B random", "shapes turned"},
-    "lora-layer": {"zeros", "no scale", "alpha times r", "scale twice", "B random", "dead", "weight trains", "bias dropped",
-                   "dropout on the base", "plain tensors"},
+    "lora-layer": {"zeros", "no scale", "alpha times r", "scale twice", "B random", "dead", "weight trains",
+                   "bias dropped", "dropout on the base", "plain tensors"},
     "lora-merge": {"merges twice", "no scale", "wrong orientation", "counted twice", "weight trains"},
     "lora-inject": {"base not frozen", "adapters frozen too", "setattr with dots", "endswith without the dot"},
     "count-parameters": {"the frozen matrix", "product", "twice d_in", "A alone", "B alone"},
@@ -158,7 +160,8 @@ def test_compression_of_problem_1():
 def test_gradients_of_the_proof():
     """∂L/∂B = s·δ(Ax)ᵀ and ∂L/∂A = s·(Bᵀδ)xᵀ, as the chapter writes them."""
     rng = torch.Generator().manual_seed(0)
-    W0, A, B, x, delta = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((4, 6), (2, 6), (4, 2), (6,), (4,)))
+    W0, A, B, x, delta = (torch.randn(*s, generator=rng, dtype=torch.float64)
+                          for s in ((4, 6), (2, 6), (4, 2), (6,), (4,)))
     A.requires_grad_()
     B.requires_grad_()
     (chapter.forward_with(lambda alpha, r: alpha / r)(x, W0, A, B, 5.0) @ delta).backward()
@@ -188,7 +191,8 @@ def test_the_line_in_pefts_source_is_where_the_chapter_looks_for_it():
 
     forward = inspect.getsource(layer.Linear.forward)
     assert forward.count("lora_B(lora_A(") == 1
-    for quoted in re.findall(r"^# \| `(.+?)` \|", SOURCE.split("Around it:")[1].split("**Go and look**")[0], re.MULTILINE):
+    table = SOURCE.split("Around it:")[1].split("**Go and look**")[0]
+    for quoted in re.findall(r"^# \| `(.+?)` \|", table, re.MULTILINE):
         for part in quoted.removesuffix(" continue").split("(...)"):
             assert part in forward, f"the chapter explains {quoted!r}, which PEFT's forward does not have"
     assert "zeros_(self.lora_B[adapter_name].weight)" in inspect.getsource(layer.LoraLayer.reset_lora_parameters)
@@ -227,14 +231,35 @@ def test_moving_alpha_changes_the_strength_alone():
 
 def test_figures_draw(tmp_path):
     runs = {"q, v": (43_008, [3.0, 2.0, 1.5], 3.0, 1.4), "feed-forward": (138_240, [3.0, 1.8, 1.2], 3.0, 1.2)}
-    timings = {"1 token": {"merged": [1.0, 1.1, 0.9], "not merged": [1.3, 1.2, 1.4]}, "64 tokens": {"merged": [1.0], "not merged": [1.1]}}
+    timings = {"1 token": {"merged": (1.0, 0.9, 1.1), "not merged": (1.3, 1.2, 1.4)},
+               "64 tokens": {"merged": (1.0, 1.0, 1.0), "not merged": (1.1, 1.0, 1.2)}}
     figures = [pictures.lora_picture(), pictures.rank_alpha_figure(), pictures.placement_figure(runs),
-               pictures.spectra_figure({"ΔW": [[3.0, 1.0, 1e-9]], "W": [[2.0, 1.5, 1.2]]}, 2), pictures.latency_figure(timings)]
+               pictures.spectra_figure({"ΔW": [[3.0, 1.0, 1e-9]], "W": [[2.0, 1.5, 1.2]]}, 2),
+               pictures.latency_figure(timings)]
     for number, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").stat().st_size > 5_000
     drawn = {text.get_text() for text in pictures.lora_picture(8, 6, 2).findobj(lambda a: hasattr(a, "get_text"))}
     assert "trained: 2 × (8 + 6) = 28 numbers" in drawn and "frozen: 48 numbers" in drawn
+
+
+def test_slowdown_sees_a_difference_through_a_busy_machine():
+    rng = random.Random(0)
+
+    def rounds(seconds):  # some rounds are two to five times as slow, as when other programs run
+        return [seconds * rng.uniform(0.99, 1.01) * (rng.uniform(2, 5) if rng.random() < 0.4 else 1) for _ in range(100)]
+
+    base = rounds(0.01)
+    same, low, high = pictures.slowdown(rounds(0.01), base)
+    assert same == pytest.approx(1, abs=0.03) and low <= 1.01 and high >= 0.99
+    more, low, high = pictures.slowdown(rounds(0.012), base)
+    assert more == pytest.approx(1.2, abs=0.04) and low > high_of_noise(base)
+    with pytest.raises(ValueError, match="each round"):
+        pictures.slowdown([1.0], [])
+
+
+def high_of_noise(base):
+    return pictures.slowdown(base[::-1], base)[2]
 
 
 def test_the_spread_asked_for_is_pefts():

@@ -1,4 +1,4 @@
-"""Chapter 03: its exercises tell right from wrong, each mistake by its own message; its pictures draw and carry alt text."""
+"""Chapter 03: its exercises tell right from wrong, each mistake by its own message; its pictures draw."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_the_toy_model_counts_targets_as_transformers_does():
     batch = {k: v for k, v in ALL["training-step"].cases()[0]["steps"][0][0].items()}
     logits = llama(input_ids=batch["input_ids"]).logits
     targets = int((batch["labels"][:, 1:] != -100).sum())
-    total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    labels = batch["labels"][:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum")
     assert torch.allclose(llama(**batch).loss, total / targets)
     assert torch.allclose(llama(**batch, num_items_in_batch=100).loss, total / 100)
 
@@ -96,7 +97,8 @@ def tokenizer():
     return tokenizer_of(TINY, local_files_only=True)
 
 
-ROWS = [{"instruction": "Write a function that doubles x.", "input": "", "output": "```python\ndef f(x):\n    return 2 * x\n```"},
+ROWS = [{"instruction": "Write a function that doubles x.", "input": "",
+         "output": "```python\ndef f(x):\n    return 2 * x\n```"},
         {"instruction": "Count the words.", "input": "a b", "output": "```python\nprint(2)\n```"}]
 
 

@@ -493,7 +493,7 @@ def layer_inputs(rng: torch.Generator) -> list[dict]:
                 "seed": int(torch.randint(0, 2**31, (), generator=rng))}
 
     return [case((4,), 7, 5, 2, 3.0), case((2, 3), 6, 10, 3, 16.0), case((3,), 9, 4, 1, 2.0),
-            case((64,), 12, 8, 4, 6.0, dropout=0.5)]
+            case((64,), 24, 8, 4, 6.0, dropout=0.5)]
 
 
 def layer_probe(work: Callable, case: dict) -> dict[str, Any]:
@@ -531,12 +531,22 @@ def layer_probe(work: Callable, case: dict) -> dict[str, Any]:
     layer.train()
     if case["dropout"] > 0:
         torch.manual_seed(case["seed"])
-        leaves["dropout acts while training"] = not torch.equal(layer(case["x"]), layer(case["x"]))
+        once, again = layer(case["x"]), layer(case["x"])
+        frozen = F.linear(case["x"], case["weight"], case["bias"])
+        leaves["dropout acts while training"] = not same(once, again)
+        # Entries dropped on the way in: every output still gets some update. Dropped on the way out: many get none.
+        leaves["while training, every output gets some update"] = (
+            not isinstance(once, Tensor) or once.shape != frozen.shape or not torch.isclose(once, frozen, 0, 1e-6).any().item())
         fill(B, torch.zeros_like(case["B"]))
         leaves["output while training, with B = 0"] = plain(layer(case["x"]))
     else:
         leaves["output while training"] = plain(layer(case["x"]))
     return {**leaves, **found}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs are the same to the last bit; what is no tensor is told of by the leaf `output`."""
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
 def complain_of_factors(known: list[Tensor], trainable: list[Tensor], case: dict) -> None:
@@ -570,6 +580,7 @@ class Layer(nn.Module):
     drops_base = False
     always_drops = False
     drops = True
+    drops_late = False
     base_bias = True
     base_path = lora_path = True
     no_grad = False
@@ -591,11 +602,14 @@ class Layer(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, x):
-        dropped = F.dropout(x, self.p, self.training or self.always_drops) if self.drops else x
+        def drop(t, here):
+            return F.dropout(t, self.p, self.training or self.always_drops) if here and self.drops else t
+
+        dropped = drop(x, not self.drops_late)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.no_grad):
             bias = self.base.bias if self.base_bias else None
             y = F.linear(dropped if self.drops_base else x, self.base.weight, bias)
-            update = self.s * self.up(self.down(dropped))
+            update = self.s * drop(self.up(self.down(dropped)), self.drops_late)
         return (y if self.base_path else 0 * y) + (update if self.lora_path else 0 * update)
 
 
@@ -751,6 +765,9 @@ LORA_LAYER = Exercise(
         "dropout on the base": (layer_with(drops_base=True),
             "Dropout also hits the frozen path. It belongs on the adapter's input only; the pretrained layer should "
             "see x whole, as it always did."),
+        "dropout too late": (layer_with(drops_late=True),
+            "Dropout acts too late, on what A or B puts out, so that some outputs get no update at all. It belongs on the way "
+            "in: drop entries of x before A sees them."),
         "dropout always on": (layer_with(always_drops=True),
             "Dropout is still on in eval mode, so two calls give two answers. Use an nn.Dropout module, or pass "
             "self.training to F.dropout."),
@@ -897,6 +914,11 @@ class MergeAssignsUnderGrad(Merge):
             self.merged = True
 
 
+class MergeAssignsTensor(Merge):
+    def merge(self):
+        self.base.weight = self.base.weight + self.s * self.B @ self.A
+
+
 class MergeShapesDoNotMeet(Merge):
     def delta(self, scale):
         return self.s * self.A @ self.B
@@ -995,6 +1017,10 @@ LORA_MERGE = Exercise(
         "assigned under grad": (MergeAssignsUnderGrad,
             "PyTorch refuses, and is right to: with gradients on, the sum has a history, and a weight may not have "
             "one. Merge under torch.no_grad() (or change base.weight.data)."),
+        "assigned a tensor": (MergeAssignsTensor,
+            "base.weight is a parameter, and a sum of tensors is none, so it cannot take its place. Change the "
+            "parameter's values: with torch.no_grad(): self.base.weight += ... (or assign to "
+            "self.base.weight.data)."),
         "shapes do not meet": (MergeShapesDoNotMeet,
             "Two shapes do not meet. ΔW is B @ A, in this order: (d_out × r) times (r × d_in) gives d_out × d_in, "
             "the shape of the weight."),
@@ -1147,6 +1173,12 @@ def make_inject(matches=lambda name, t: name == t or name.endswith("." + t), *, 
     return inject
 
 
+def inject_while_walking(model, targets, wrap):
+    for name, module in model.named_modules():
+        if any(name.endswith(t) for t in targets):
+            setattr(model, name, wrap(module))
+
+
 def inject_by_walking(model, targets, wrap):
     """Recursion over children; undo as a list of calls, run backwards."""
     undo = []
@@ -1233,6 +1265,10 @@ LORA_INJECT = Exercise(
             "The wrapped layers hang on the model under names with dots in them, and the forward never comes past "
             "them: the output has not changed. Find the parent module first (model.get_submodule), then set its "
             "attribute."),
+        "changed while walking": (inject_while_walking,
+            "The model changed while named_modules() was walking through it. Collect the matches in a list first. "
+            "And a name with dots is a path: set the attribute on the parent module (model.get_submodule), or you "
+            "only add a new entry at the top."),
         "new layer": (make_inject(fresh=True),
             "What you wrapped is a new nn.Linear with random weights. Wrap the layer that is there: its weights are "
             "the pretrained ones."),
@@ -1336,7 +1372,7 @@ QUESTIONS: list[Question] = [
                   "computed, and the optimizer has little to do."),
             "d": ("Several times as long: there are two more matrices in every layer.",
                   "They are thin. At r = 8 and d = 2048 they add less than one percent to the multiplications; on a "
-                  "small model you can feel them, and still less than what is saved."),
+                  "small model you can feel them, and still not several times over."),
         }),
     Question(
         name="lora-q-translate", chapter=CHAPTER, points=1, right="c",
