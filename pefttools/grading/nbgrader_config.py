@@ -66,19 +66,16 @@ def configure(c: Any, root: str | Path, out: str | Path) -> Any:
     c.IgnorePattern.enabled = True
     c.IgnorePattern.pattern = r"[\s\S]*"
     c.Execute.timeout = CELL_SECONDS
-    # How long a cell's outputs may lag behind its end, and a kernel's start: by default 4 s and 60 s, and on a machine that
-    # is busy with something else a whole hand-in then fails for it.
+    # How long a cell's outputs may lag behind its end, and a kernel's start: by default 4 s and 60 s, and on a machine
+    # that is busy with something else a whole hand-in then fails for it.
     c.Execute.iopub_timeout = 120
     c.Execute.startup_timeout = 300
     c.Execute.shutdown_kernel = "immediate"
     c.Execute.extra_arguments = KERNEL_ARGUMENTS
     c.OverwriteCells.add_missing_cells = True
-    quick = {
-        "PEFTTOOLS_QUICK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    # One thread: on a busy machine, four that wait for each other took five times the processor time of one.
+    quick = {"PEFTTOOLS_QUICK": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    quick["TOKENIZERS_PARALLELISM"] = "false"
     for name, value in quick.items():  # kernels inherit it, under the `nbgrader` command as well
         os.environ.setdefault(name, value)
     os.environ.update(paths())
