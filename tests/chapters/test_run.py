@@ -27,12 +27,6 @@ pytestmark = [pytest.mark.chapter, pytest.mark.nbgrader, pytest.mark.slow]
 every_chapter = pytest.mark.parametrize("path", sources(ROOT), ids=lambda path: path.stem)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Kernels compute with one thread: several chapters run beside each other, and idle threads that spin would count."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def graded(path, notebook, folder, config=""):
     """(row of the table, executed notebook, processor seconds) of one hand-in.
 
