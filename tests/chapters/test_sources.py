@@ -213,7 +213,7 @@ def test_fences_and_drop_downs_are_closed(path):
 def test_no_front_end_is_needed_and_nothing_of_one_machine_is_named(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(?m)^\s*(%matplotlib|!|%pip|%cd)", text)
-    assert not re.search(r"(/home/|/root/|/Users/|/tmp/|C:\\)", text)
+    assert not re.search(r"(/(home|root|Users|tmp)/|C:\\)", text)
     for cell, call in calls(path):
         assert name_of(call) != "input", f"{cell}: nobody can answer input() when a notebook is graded"
 
