@@ -125,6 +125,9 @@ def run_lab(args: argparse.Namespace) -> int:
     if args.sync_only:
         return 0
     command = jupyter_command(course, mine, args.rest)
+    # JupyterLab's settings of the course: without its pop-up that asks about news, which news_url=None alone leaves standing
+    ours = str(Path(__file__).parent / "jupyter")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, [ours, os.environ.get("JUPYTER_CONFIG_PATH")]))
     os.chdir(mine)
     if os.name == "nt":  # there exec gives the console back before JupyterLab has ended
         import subprocess
