@@ -134,13 +134,13 @@ model, tokenizer = base
 print(base)
 
 # %%
-prompt = "import os\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
-print(prompt + "⟨from here on the model writes⟩")
-print(generate(model, tokenizer, prompt, max_new_tokens=60))
+prompt = "import os\n\nclass Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):"
+print(prompt + " ⟨from here on the model writes⟩" + generate(model, tokenizer, prompt, max_new_tokens=60))
 
 # %% [markdown]
-# It looks like Python, and it makes little sense. That is what a model of this size can do after pretraining: it knows
-# how code *looks*. Ask it for something, and it has no idea that you asked:
+# It looks like Python. A line may even be what you would have written; then it repeats itself, or drifts off. That is
+# what a model of this size can do after pretraining: it knows how code *looks*. Ask it for something, and it has no idea
+# that you asked:
 
 # %%
 held_out = load_data("held_out")

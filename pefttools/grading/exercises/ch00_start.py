@@ -16,6 +16,7 @@ from pefttools.grading.exercise import Exercise
 from pefttools.grading.question import Question
 
 CHAPTER = "00_start"
+TITLE = "Where you are"
 
 
 def _number(value: Any) -> Any:
