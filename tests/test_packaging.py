@@ -29,7 +29,7 @@ PINS = {
 }
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = re.findall(r"^([a-z]+):(?!=)", MAKEFILE, re.M)
+TARGETS = re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.M)
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 
 
