@@ -91,10 +91,20 @@ def little_course(tmp_path) -> Path:
 def started(monkeypatch, *args: str) -> list[str]:
     """The command line that `pefttools lab ARGS` becomes."""
     seen = []
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "of_the_reader")  # `lab` adds to it; undone after the test
     monkeypatch.setattr(os, "execv", lambda program, command: seen.append(command) or 0)
     monkeypatch.chdir(Path.cwd())  # so that the chdir of `lab` is undone after the test
     cli.main(["lab", *args])
     return seen[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there a subprocess takes the place of exec")
+def test_lab_brings_its_own_settings_and_keeps_the_readers(little_course, monkeypatch, capsys):
+    started(monkeypatch, "--course", str(little_course))
+    ours, theirs = os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)
+    settings = json.loads((Path(ours) / "labconfig" / "page_config.json").read_text())
+    assert settings["disabledExtensions"]["@jupyterlab/apputils-extension:announcements"] is True
+    assert theirs == "of_the_reader"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there a subprocess takes the place of exec")

@@ -55,6 +55,8 @@ def run_programs(programs: list[tuple[str, list[str]]], seconds: int = 3, mb: in
     """
     if sys.platform == "win32":
         raise OSError("programs are run with POSIX limits: on Windows use WSL")
+    if not programs:
+        return []
     jobs = [json.dumps({"code": c, "tests": list(t), "seconds": seconds, "mb": mb}) for c, t in programs]
     workers = max(1, min(len(jobs), os.cpu_count() or 1))
     shares = [range(w, len(jobs), workers) for w in range(workers)]
@@ -125,8 +127,8 @@ def evaluate(model, tokenizer, data, *, n: int | None = None, seed: int = 0, max
 
     began = time.perf_counter()
     rows = list(data)
-    if not rows:
-        raise ValueError("there are no rows to evaluate")
+    if not rows or (n is not None and n < 1):
+        raise ValueError("there are no rows to evaluate" if not rows else f"n must be at least 1, got {n}")
     if n is not None and n < len(rows):
         pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n].tolist()
         rows = [rows[i] for i in sorted(pick)]

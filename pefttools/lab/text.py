@@ -51,6 +51,10 @@ def collate(rows: Sequence[Mapping], pad_id: int, side: str = "right") -> dict[s
     """
     if not rows:
         raise ValueError("collate needs at least one row")
+    if pad_id is None:
+        raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token (load_base does), or pass another pad_id")
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', got {side!r}")
     T = max(len(r["input_ids"]) for r in rows)
     ids = torch.full((len(rows), T), pad_id)
     mask = torch.zeros_like(ids)

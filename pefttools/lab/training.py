@@ -138,6 +138,8 @@ def restore(path: Path, run: dict, params: dict, optimizer, history: History) ->
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as e:  # a damaged file raises half a dozen kinds of error
         raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__}): delete it to start this run again") from e
+    if not isinstance(saved, dict) or not {"run", "step", "params", "optimizer", "history", "rng"} <= saved.keys():
+        raise ValueError(f"{path} is a file of something else, not a checkpoint of lab.train: move it away, or use another folder")
     changed = [k for k in run if saved["run"].get(k) != run[k]]
     if changed:
         said = ", ".join(k if k == "trainable" else f"{k} was {saved['run'].get(k)} and is {run[k]}" for k in changed)

@@ -73,6 +73,9 @@ def test_evaluate_picks_the_same_rows_each_time(small, tiny, rows):
     assert len(first.rows) == 5
     with pytest.raises(ValueError, match="no rows"):
         evaluate(small, tiny.tokenizer, [])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        evaluate(small, tiny.tokenizer, rows, n=0)
+    assert run_programs([]) == []
 
 
 def test_wilson_interval():

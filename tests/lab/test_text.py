@@ -87,3 +87,7 @@ def test_nothing_to_train_on():
         batches([], 4, 1)
     with pytest.raises(ValueError, match="at least one row"):
         collate([], 0)
+    with pytest.raises(ValueError, match="no pad token"):
+        collate([{"input_ids": [1]}], None)
+    with pytest.raises(ValueError, match="'left' or 'right', got 'middle'"):
+        collate([{"input_ids": [1]}], 0, side="middle")

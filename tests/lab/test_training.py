@@ -127,6 +127,9 @@ def test_bad_input(small, tiny, rows, tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         train(small, rows, tiny.tokenizer, **{**RUN, "steps": 2}, folder=tmp_path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="something else"):
+        train(small, rows, tiny.tokenizer, **{**RUN, "steps": 2}, folder=tmp_path)
     small.requires_grad_(False)
     with pytest.raises(ValueError, match="attach an adapter"):
         train(small, rows, tiny.tokenizer, **RUN)
