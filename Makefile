@@ -14,7 +14,7 @@ STALE = stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test build grade doctor bench-lab clean stale
+.PHONY: help lab test build grade doctor bench-lab bench clean stale
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -41,6 +41,9 @@ doctor: $(STAMP)  ## what works on this machine, and what to do about the rest
 
 bench-lab: $(STAMP)  ## train the bundled model in eight ways, half an hour; writes docs/bundled_finetune.md
 	@$(PY) -m pefttools.lab.compare $(ARGS)
+
+bench: $(STAMP)  ## speed and memory beside peft and bitsandbytes, about an hour; writes docs/benchmarks.md (ARGS=--quick)
+	@$(PY) -m pefttools.bench --to docs/benchmarks.md $(ARGS)
 
 clean:  ## remove the environment and caches; your work in my_course/ stays
 	rm -rf "$(VENV)" .pytest_cache .hypothesis build *.egg-info

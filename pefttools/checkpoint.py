@@ -14,26 +14,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from pefttools.inject import adapter_layers, adapter_parameters, attach, attached, trainable
-from pefttools.lora import LoRAConfig
-from pefttools.targets import find_targets
+from pefttools.adapter_files import CONFIG, WEIGHTS, read_fields, read_weights, some, write_both
+from pefttools.attached import adapter_layers, adapter_parameters, attached, trainable
+from pefttools.inject import attach
+from pefttools.methods import config_from_peft
+from pefttools.targets import find_targets, plain_modules
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-METHODS = {"LORA": LoRAConfig}  # peft_type → configuration, which has to_peft() and from_peft(fields)
-# Fields of adapter_config.json that do not change what the adapter computes. Any other field that a method's to_peft()
-# does not write must be empty, or the adapter is refused: reading it without that field would give wrong outputs.
+# Fields of adapter_config.json that do not change what the adapter computes (a configuration may list more, in
+# `without_effect`). Any other field that a method's to_peft() does not write must be empty, or the adapter is refused:
+# reading it without that field would give wrong outputs.
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode",
                   "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
                   "runtime_config", "qalora_group_size", "target_modules", "layers_to_transform"}
@@ -41,134 +37,130 @@ WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "revision", "peft_v
 
 # ------------------------------------------------------------------------------------------------ saving
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
     """Write the attached adapter to `folder` (made if need be) and return it. A merged adapter is saved as well.
 
-    Each file appears whole or not at all. Raises ValueError without an adapter, for NaN or infinite entries (what was
-    saved before is kept), or if parameters outside the adapter are trainable, since the file has no place for them.
+    Of several adapters, `name` says which; without it, the one that acts. Each file appears whole or not at all.
+    Raises ValueError without an adapter, for an unknown name or where several act, for NaN or infinite entries (what
+    was saved before is kept), or if parameters outside the adapters are trainable: the file has no place for them.
     """
-    config = attached(model).config
+    note = attached(model)
+    name = _which(model, name)
+    config = note.configs[name]
     parameters = adapter_parameters(model)
-    if others := [name for name in trainable(model) if name not in parameters]:
-        raise ValueError(f"save_adapter: trainable, but no part of the adapter, so not in its files: {_some(others)}. "
+    if others := [parameter for parameter in trainable(model) if parameter not in parameters]:
+        raise ValueError(f"save_adapter: trainable, but no part of the adapter, so not in its files: {some(others)}. "
                          f"Freeze them with requires_grad_(False); if they were trained, save them yourself before.")
-    if broken := [name for name, parameter in parameters.items() if not parameter.isfinite().all()]:
-        raise ValueError(f"save_adapter: NaN or infinite entries in {_some(broken)}: training has diverged. Nothing "
+    tensors = _file_tensors(model, name)
+    broken = [key for key, parameter in adapter_parameters(model, name).items() if not parameter.isfinite().all()]
+    if broken := broken or [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"save_adapter: NaN or infinite entries in {some(broken)}: training has diverged. Nothing "
                          f"was written. Lower the learning rate, or load an earlier checkpoint.")
-    tensors = {_file_key(name): parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    fields = config.to_peft() | {
-        "target_modules": _targets_for_peft(model, config), "layers_to_transform": _layers_for_peft(config),
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None, "inference_mode": True}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    fields = {"task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+              "base_model_name_or_path": getattr(model, "name_or_path", None) or None, "inference_mode": True}
+    if hasattr(config, "target_modules"):
+        fields |= {"target_modules": _targets_for_peft(model, config, note.layers[name]),
+                   "layers_to_transform": _layers_for_peft(config)}
+    fields |= config.to_peft()
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"save_adapter: {folder} is a file; give the path of a folder.")
     config_text = json.dumps(fields, indent=2, sort_keys=True).encode()
-    _write_both(folder, to_safetensors(tensors, metadata={"format": "pt"}), config_text)
+    write_both(folder, to_safetensors(tensors, metadata={"format": "pt"}), config_text)
     return folder
 
 
-def _write_both(folder: Path, weights: bytes, config: bytes) -> None:
-    """Both files, written in full and flushed to the disk beside the old ones, then renamed over them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        for name, content in ((WEIGHTS, weights), (CONFIG, config)):
-            with open(scratch / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    # Both are whole now. Whoever is stopped between the next lines finds the rest in `scratch`, and a load says so:
-    # new weights must not be read with old settings, so settings that differ go first.
-    old = folder / CONFIG
-    if old.exists() and old.read_bytes() != config:
-        old.unlink()
-    os.replace(scratch / WEIGHTS, folder / WEIGHTS)
-    os.replace(scratch / CONFIG, folder / CONFIG)
-    scratch.rmdir()
+def _which(model: nn.Module, name: str | None) -> str:
+    known = attached(model).configs
+    if name is None:
+        acting = list(dict.fromkeys(a for _, layer in adapter_layers(model) for a in layer.active))
+        if len(acting) != 1:
+            raise ValueError(f"save_adapter: several adapters act ({', '.join(acting)}); say which one to save: "
+                             f"save_adapter(model, folder, name={acting[0]!r}).")
+        return acting[0]
+    if name not in known:
+        raise ValueError(f"save_adapter: there is no adapter {name!r}; this model has {', '.join(known)}.")
+    return name
 
 
-def _targets_for_peft(model: nn.Module, config: Any) -> list[str] | str:
+def _file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What the file holds of this adapter: {complete key: tensor}. Not copied."""
+    return {_complete(where, layer, key): tensor for where, layer in adapter_layers(model) if name in layer.names
+            for key, tensor in layer.file_tensors(name).items()}
+
+
+def _complete(where: str, layer: nn.Module, key: str) -> str:
+    # methods that change the whole model's input give keys that are complete ("prompt_embeddings")
+    return key if hasattr(layer, "uninstall") else f"{PREFIX}{where.replace('.base_layer.', '.')}.{key}"
+
+
+def _targets_for_peft(model: nn.Module, config: Any, names: list[str]) -> list[str] | str:
     """What config says; for "all-linear" the names it stands for in this model, as peft writes them."""
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() != "all-linear":
-        return targets
-    if isinstance(targets, str):
-        names = attached(model).names
+    if targets is None and hasattr(config, "default_targets"):
+        targets = config.default_targets(model)
+    if targets is None or isinstance(targets, str) and targets.lower() == "all-linear":
         targets = {name.rsplit(".", 1)[-1] for name in names}  # short, unless that selects more than was attached
-        if sum(name.rsplit(".", 1)[-1] in targets for name, _ in model.named_modules()) > len(names):
+        plain = plain_modules(model)
+        if sum(name.rsplit(".", 1)[-1] in targets for name in plain) > len(names):
             targets = names
-    return sorted(targets)
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def _layers_for_peft(config: Any) -> list[int] | int | None:
-    layers = config.layers_to_transform
+    layers = getattr(config, "layers_to_transform", None)
     return layers if layers is None or isinstance(layers, int) else list(layers)
 
 
 # ------------------------------------------------------------------------------------------------ loading
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Attach the adapter saved in `folder` (by us or by peft) to `model`, trainable, and return the same model.
+def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> nn.Module:
+    """Attach the adapter saved in `folder` (by us or by peft) to `model` under `name`, and return the same model.
 
-    If an adapter with the same settings is attached already, its values are replaced and its parameters stay the same
+    In a model without adapters it acts at once and is trainable; beside others it waits for `set_adapter`. If one with
+    this name and the same settings is attached already, its values are replaced and its parameters stay the same
     objects, so an optimizer over them goes on working. Everything is checked before the model is changed. Raises
     FileNotFoundError for a missing folder or file, ValueError for one that is damaged, for settings that this
     library does not have, and for an adapter of another base model (missing or unexpected layers, other shapes).
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    tensors = _read_weights(folder)
+    config = _config_of(read_fields(folder), folder / CONFIG)
+    tensors = read_weights(folder)
 
-    layers = dict(adapter_layers(model))
-    if layers:
-        _check_same_settings(model, config, layers, folder)
-        expected = {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model).items()}
+    here = any(True for _ in adapter_layers(model)) and name in attached(model).configs
+    if here:
+        _check_same_settings(model, config, name, folder)
+        expected = {key: tuple(tensor.shape) for key, tensor in _file_tensors(model, name).items()}
+    elif hasattr(config, "install"):
+        expected = config.shapes(model)
     else:
-        expected = {f"{name}.{key}": shape for name, base in find_targets(model, config, strict=False).items()
+        expected = {f"{PREFIX}{target}.{key}": shape
+                    for target, base in find_targets(model, config, strict=False).items()
                     for key, shape in config.shapes(base).items()}
-    _check_fits(tensors, {_file_key(name): shape for name, shape in expected.items()}, folder)
+    _check_fits(tensors, expected, folder)
 
-    if not layers:
-        attach(model, config, strict=False)
-    with torch.no_grad():
-        for name, parameter in adapter_parameters(model).items():
-            parameter.copy_(tensors[_file_key(name)])
+    if not here:
+        attach(model, config, strict=False, name=name)
+    for where, layer in adapter_layers(model):
+        if name in layer.names:
+            layer.read_file_tensors(name, {key: tensors[_complete(where, layer, key)]
+                                           for key in layer.file_tensors(name)})
     return model
 
 
-def _read_config(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"load_adapter: there is no folder {folder}.")
-    path = folder / CONFIG
+def _config_of(fields: dict[str, Any], path: Path) -> Any:
+    """The configuration of these fields, unless they say something that this library would leave out."""
     try:
-        fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        rest = f", though {WEIGHTS} is: the save was interrupted, or this file was not copied" \
-            if (folder / WEIGHTS).exists() else ""
-        if left := sorted(folder.glob(f".saving-*/{CONFIG}")):
-            rest += f". What was being saved is in {left[-1].parent}: move its files up"
-        raise FileNotFoundError(f"load_adapter: {CONFIG} is not in {folder}{rest}.") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"load_adapter: {path} is damaged, it is not JSON ({error}). Save or copy it again.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"load_adapter: {path} must hold one JSON object; it holds a {type(fields).__name__}.")
-    method = METHODS.get(str(fields.get("peft_type")))
-    if method is None:
-        raise ValueError(f"load_adapter: {path} has peft_type={fields.get('peft_type')!r}; "
-                         f"known here: {list(METHODS)}.")
-    try:
-        config = method.from_peft(fields)
+        config = config_from_peft(fields)
     except KeyError as error:
         raise ValueError(f"load_adapter: {path} has no field {error}; it is damaged or not from peft.") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"load_adapter: {path}: {error}") from None
+    harmless = WITHOUT_EFFECT | set(getattr(config, "without_effect", ()))
     ours = config.to_peft()
-    refused = [f"{name}={value!r}" for name, value in sorted(fields.items()) if name not in WITHOUT_EFFECT
+    refused = [f"{name}={value!r}" for name, value in sorted(fields.items()) if name not in harmless
                and value != ours.get(name) and (value or ours.get(name))]
     if refused:
         raise ValueError(f"load_adapter: {path} uses what this library does not have: {', '.join(refused)}. "
@@ -176,53 +168,27 @@ def _read_config(folder: Path) -> Any:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.exists():
-        pickled = " There is an adapter_model.bin, a pickle, which can run code when read: load it with peft and save " \
-                  "it again as safetensors." if (folder / "adapter_model.bin").exists() else ""
-        raise FileNotFoundError(f"load_adapter: {WEIGHTS} is not in {folder}.{pickled}")
-    content = path.read_bytes()
-    try:
-        tensors = parse_safetensors(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"load_adapter: {path} ({len(content)} bytes) is truncated or damaged: {error}. "
-                         f"Copy it again, or go back to an earlier save.") from None
-    if broken := sorted(name for name, t in tensors.items() if not t.is_floating_point() or not t.isfinite().all()):
-        raise ValueError(f"load_adapter: {path} has entries that are NaN, infinite or no floats, in {_some(broken)}.")
-    return tensors
-
-
-def _check_same_settings(model: nn.Module, config: Any, layers: dict[str, nn.Module], folder: Path) -> None:
-    if any(layer.merged for layer in layers.values()):
+def _check_same_settings(model: nn.Module, config: Any, name: str, folder: Path) -> None:
+    if any(layer.merged for _, layer in adapter_layers(model)):
         raise ValueError("load_adapter: an adapter is merged into this model. Call unmerge(model) first, or "
                          "detach(model).")
-    here, there = attached(model).config.to_peft(), config.to_peft()
-    differing = [f"{name} is {here.get(name)!r} in the model and {there.get(name)!r} in {folder}"
-                 for name in here | there if name != "lora_dropout" and here.get(name) != there.get(name)]
+    here, there = attached(model).configs[name].to_peft(), config.to_peft()
+    differing = [f"{field} is {here.get(field)!r} in the model and {there.get(field)!r} in {folder}"
+                 for field in here | there if field != "lora_dropout" and here.get(field) != there.get(field)]
     if differing:
         raise ValueError(f"load_adapter: the model has another adapter attached: {'; '.join(differing)}. "
-                         f"Call detach(model) first.")
+                         f"Call detach(model) first, or load this one under a name of its own.")
 
 
 def _check_fits(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
     problems = []
     if missing := [key for key in expected if key not in tensors]:
-        problems.append(f"missing from the file: {_some(missing)}")
+        problems.append(f"missing from the file: {some(missing)}")
     if unexpected := sorted(key for key in tensors if key not in expected):
-        problems.append(f"in the file, but without a place in the model: {_some(unexpected)}")
+        problems.append(f"in the file, but without a place in the model: {some(unexpected)}")
     if other := [f"{key} is {list(tensors[key].shape)} in the file and {list(shape)} in the model"
                  for key, shape in expected.items() if key in tensors and tuple(tensors[key].shape) != shape]:
-        problems.append(f"other shapes: {_some(other)}")
+        problems.append(f"other shapes: {some(other)}")
     if problems:
         raise ValueError(f"load_adapter: {folder / WEIGHTS} does not fit this model; was the adapter made for another "
                          f"base? {'; '.join(problems)}. The model is unchanged.")
-
-
-def _file_key(name: str) -> str:
-    layer, _, rest = name.rpartition(".default")
-    return PREFIX + layer + rest
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

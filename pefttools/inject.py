@@ -5,155 +5,152 @@
           model.layers.0.self_attn.q_proj = Linear   ──►   LoRALinear(base_layer=that Linear, lora_A, lora_B)
           every other parameter            trainable ──►   frozen (and remembered, so that detach can restore it)
 
+    attach(model, LoRAConfig(r=4), name="french")         a second adapter in the same layers; it does not act yet
+    set_adapter(model, "french")                          now it does, and the first does not
+    set_adapter(model, {"default": 0.7, "french": 0.3})   both, weighted
+
 A method takes part by two small objects, and nothing here knows which method it is:
 
-    config   .target_modules, .layers_to_transform   which layers
-             .shapes(base) -> {name: shape}          the adapter parameters for this layer; raises if it cannot wrap it
-             .build(base, generator) -> layer        the module that takes the layer's place
-    layer    .base_layer                             the layer it wraps, unchanged
-             .adapter_parameters() -> {name: Parameter}     what is trained and saved; no guessing from names
-             .enabled, .merged, .merge(), .unmerge()
+    config   .target_modules, .layers_to_transform, .default_targets(model)     which layers (see pefttools.targets)
+             .shapes(base) -> {key in the file: shape}      the adapter's tensors for a layer; raises if it cannot wrap it
+             .build(base, generator, name) -> layer         the module that takes the layer's place
+    layer    a pefttools.layer.AdapterLayer
 
-Which layers `target_modules` selects is in `pefttools.targets`. peft does all this in peft/tuners/tuners_utils.py.
+Methods that change the input of the whole model rather than layers (prompt and prefix tuning) have a config with
+`.install(model, generator, name)` instead of `build`: see pefttools.virtual. peft does all this in
+peft/tuners/tuners_utils.py and peft/peft_model.py.
 """
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from pefttools.attached import (Attachment, adapter_layers, adapter_parameters, attached, count_parameters, replace,
+                                set_flags, train_the_active, trainable)
+from pefttools.several import delete_adapter, set_adapter
 from pefttools.targets import find_targets
+
+__all__ = ["Attachment", "adapter_layers", "adapter_parameters", "attach", "attached", "count_parameters",
+           "delete_adapter", "detach", "disabled", "merge", "set_adapter", "trainable", "unmerge"]
 
 
 @runtime_checkable
 class AdapterConfig(Protocol):
-    """What `attach` needs to know of a method."""
-
-    target_modules: Any
-    layers_to_transform: Any
+    """What `attach` needs to know of a method that wraps layers."""
 
     def shapes(self, base: nn.Module) -> dict[str, tuple[int, ...]]: ...
-    def build(self, base: nn.Module, generator: torch.Generator | None = None) -> nn.Module: ...
+    def build(self, base: nn.Module, generator: torch.Generator | None = None, name: str = "default") -> nn.Module: ...
 
 
-@dataclass
-class Attachment:
-    """What `attach` notes on the model, and `detach` needs."""
+@runtime_checkable
+class WholeModelConfig(Protocol):
+    """What `attach` needs to know of a method that changes what goes into the model."""
 
-    config: AdapterConfig
-    names: list[str]                   # the modules that were wrapped, in the model's order
-    requires_grad: dict[str, bool]     # of every parameter before
+    def shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]: ...
+    def install(self, model: nn.Module, generator: torch.Generator | None = None, name: str = "default") -> nn.Module: ...
 
 
 # ------------------------------------------------------------------------------------------------ in and out
 
-def attach(model: nn.Module, config: AdapterConfig, seed: int = 0, strict: bool = True) -> nn.Module:
+def attach(model: nn.Module, config: AdapterConfig | WholeModelConfig, seed: int = 0, strict: bool = True,
+           name: str = "default") -> nn.Module:
     """Wrap the layers that `config` selects, freeze everything but what the method added, and return the same model.
 
-    `seed` draws the random part of the adapters; torch's global generator is left alone. `strict=False` ignores names
-    that select nothing, as peft does, as long as one selects something. Checks come first: where this raises, the
-    model is as it was. Raises ValueError if adapters are attached already or nothing is selected (with the names that
-    exist), TypeError if `model` or `config` is not one, or a selected layer cannot be wrapped.
+    `seed` draws the random part of the adapters; torch's global generator is left alone. `strict=False` ignores
+    targets that select nothing, as peft does, as long as one selects something. A model that has adapters gets a
+    further one of the same method under another `name`; who acts stays as it was until `set_adapter`. Checks come
+    first: where this raises, the model is as it was. Raises ValueError if the name is taken or does not suit, if
+    another method is attached, or nothing is selected (with the names that exist); TypeError if `model` or `config`
+    is not one, or a selected layer cannot be wrapped.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module; got {type(model).__name__}. From load_base(), pass .model.")
-    if isinstance(config, type) or not isinstance(config, AdapterConfig):
-        raise TypeError(f"config must be a configuration of pefttools such as LoRAConfig(r=8); got {config!r}.")
-    if any(True for _ in adapter_layers(model)):
-        raise ValueError("attach: this model has adapters already. Call detach(model) first, or load the base anew.")
-    targets = find_targets(model, config, strict)
-
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    _check_arguments(model, config, name)
+    existing = {target.replace(".base_layer.", "."): layer for target, layer in adapter_layers(model)}
+    note = attached(model) if existing else None
+    if note:
+        _check_second(note, config, name, existing)
+    flags = {target: parameter.requires_grad for target, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
+    targets = {} if isinstance(config, WholeModelConfig) else find_targets(model, config, strict)
+    new, extended = {}, []
     try:
-        layers = {name: config.build(module, generator) for name, module in targets.items()}
+        if isinstance(config, WholeModelConfig):
+            if note:
+                extended = list(existing.values())
+                extended[0].add(name, config, generator)
+            else:
+                config.install(model, generator, name)
+        for target, module in targets.items():
+            if target in existing:
+                extended.append(existing[target])
+                existing[target].add(name, config, generator)
+            else:
+                new[target] = config.build(module, generator, name)
     except BaseException:
-        _restore(model, requires_grad)
+        for layer in extended:
+            layer.remove(name)
+        for layer in new.values():
+            layer.restore_base()                       # a start such as PiSSA's has changed the weight
+        set_flags(model, flags)
         raise
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
-    for parameter in adapter_parameters(model).values():
-        parameter.requires_grad_(True)
-    model._pefttools = Attachment(config, list(targets), requires_grad)
+    for target in reversed(new):                       # what is inside a wrapped block first
+        replace(model, target, new[target])
+        if note:
+            new[target].active = {}
+    if note:
+        note.configs[name], note.layers[name] = config, list(targets)
+    else:
+        model._pefttools = Attachment({name: config}, {name: list(targets)}, flags)
+    train_the_active(model)
     return model
 
 
-def detach(model: nn.Module) -> nn.Module:
-    """Take the adapters out: the same layers with bit-identical weights, `requires_grad` as before `attach`.
+def _check_arguments(model: nn.Module, config: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module; got {type(model).__name__}. From load_base(), pass .model.")
+    if isinstance(config, type) or not isinstance(config, (AdapterConfig, WholeModelConfig)):
+        raise TypeError(f"config must be a configuration of pefttools such as LoRAConfig(r=8); got {config!r}.")
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"name must be a word without dots, for it becomes a part of the parameters' names, and no "
+                         f"method of a torch module; got {name!r}. Try name=\"second\".")
 
-    Merged layers are unmerged first, exactly. The trained adapter is gone unless saved. A model without adapters is
+
+def _check_second(note: Attachment, config: Any, name: str, layers: dict[str, nn.Module]) -> None:
+    if name in note.configs:
+        raise ValueError(f"attach: this model has adapters already, one of them called {name!r}. Call detach(model) "
+                         f"first, or give this one a name of its own: attach(model, config, name=\"second\").")
+    if type(config) is not type(note.config):
+        raise ValueError(f"attach: this model has adapters of a {type(note.config).__name__} already, and those of a "
+                         f"{type(config).__name__} cannot stand beside them. Call detach(model) first.")
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("attach: an adapter is merged into this model. Call unmerge(model) first.")
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take all adapters out: the same layers with bit-identical weights, `requires_grad` as before `attach`.
+
+    Merged layers are unmerged first, exactly. The trained adapters are gone unless saved. A model without adapters is
     returned as it is.
     """
     layers = dict(adapter_layers(model))
     if not layers:
         return model
     attachment = attached(model)
-    for name, layer in layers.items():
+    for name in reversed(layers):                      # what is inside a wrapped block first
+        layer = layers[name]
         layer.unmerge()
-        _replace(model, name, layer.base_layer)
-    _restore(model, attachment.requires_grad)
+        if hasattr(layer, "uninstall"):
+            layer.uninstall()
+        else:
+            layer.restore_base()
+            replace(model, name, layer.base_layer)
+    set_flags(model, attachment.requires_grad)
     del model._pefttools
     return model
-
-
-def attached(model: nn.Module) -> Attachment:
-    """What `attach` noted on this model. Raises ValueError if it has no adapters, or they were put in otherwise."""
-    attachment = getattr(model, "_pefttools", None)
-    if attachment is None:
-        raise ValueError("this model has no adapters attached: call attach(model, config) first, and pass the same "
-                         "model here (not a part of it, nor a wrapper around it).")
-    return attachment
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _restore(model: nn.Module, requires_grad: dict[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(requires_grad.get(name, parameter.requires_grad))
-
-
-# ------------------------------------------------------------------------------------------------ what was added
-
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every module that lists adapter parameters, in the model's order."""
-    for name, module in model.named_modules():
-        if callable(getattr(module, "adapter_parameters", None)):
-            yield name, module
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the attached method added, by full name: this is what is saved."""
-    return {f"{name}.{key}" if name else key: parameter
-            for name, layer in adapter_layers(model) for key, parameter in layer.adapter_parameters().items()}
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that training will change, by name: `AdamW(trainable(model).values(), lr=…)`.
-
-    After `attach` these are the adapter parameters; whatever else you unfreeze by hand is here too. Without adapters
-    it is the whole model, as for full fine-tuning.
-    """
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total), equal to peft's `get_nb_trainable_parameters`: a tied weight counts once."""
-    sizes = [(_numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    # bitsandbytes' 4-bit weight holds two codes in each byte.
-    packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
 # ------------------------------------------------------------------------------------------------ on, off, merged
@@ -179,7 +176,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its weight: no cost at inference. Merging twice is merging once; `unmerge` is exact.
+    """Fold the active adapters into their weights: no cost at inference. Merging twice is merging once; `unmerge` is exact.
 
     Raises ValueError without adapters, inside `disabled(model)`, and where a weight is tied (merging into an output
     head that shares its weight with the embedding would change both); and what a layer's `merge` raises. The model is
@@ -192,7 +189,8 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         if not layer.enabled:
             raise ValueError(f"merge: the adapter of {name!r} is disabled. Merge outside of `with disabled(model)`.")
-        if len(shared := owners[id(layer.base_layer.weight)]) > 1:
+        weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+        if len(shared := owners.get(id(weight), [])) > 1:
             raise ValueError(f"merge: {' and '.join(shared)} are one tied tensor, and merging into one would change "
                              f"the other. Leave {name.rsplit('.', 1)[-1]!r} out of target_modules, or untie the weights.")
     done = []

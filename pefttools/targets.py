@@ -3,7 +3,8 @@
     target_modules                    selects
     ["q_proj", "v_proj"]              every module whose name is one of these, or ends in a dot and one of these
     r".*\\.[01]\\..*_proj"            every module whose whole name matches the regular expression
-    "all-linear"                      every nn.Linear but the output head
+    "all-linear"                      every linear layer but the output head
+    None                              what the method's paper or peft takes for this family of models
 
     layers_to_transform=[0, 1]        of those (names only): the ones in `….0.…` and `….1.…`
 
@@ -14,41 +15,90 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from pefttools.layer import AdapterLayer
+
 if TYPE_CHECKING:
     from pefttools.inject import AdapterConfig
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a matrix that LoRA can sit beside: nn.Linear (quantized ones too) or GPT-2's Conv1D."""
+    if isinstance(module, nn.Linear):
+        return True
+    # whoever has an instance of these has imported their modules; nobody else should have to
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    nf4 = getattr(sys.modules.get("pefttools.qlora"), "NF4Linear", ())
+    return isinstance(module, (conv1d, nf4)) if conv1d or nf4 else False
+
+
+def plain_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
+    """{name: module} of the model as it is without adapters, in its order: a wrapped layer stands for its wrapper.
+
+    The model itself (no parent to be replaced in) and the modules that methods added do not appear.
+    """
+    found: dict[str, nn.Module] = {}
+    wrapped: list[str] = []              # names of adapter layers and added modules: what is inside is not the model's
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if not name or any(name.startswith(outer) for outer in wrapped):
+            continue
+        if isinstance(module, AdapterLayer):
+            wrapped.append(f"{name}.")
+            inside = module.base_layer
+            found[name] = inside
+            for inner, part in inside.named_modules(remove_duplicate=remove_duplicate):   # a wrapped block has parts
+                if inner:
+                    found[f"{name}.{inner}"] = part
+        elif callable(getattr(module, "adapter_parameters", None)):
+            wrapped.append(f"{name}.")
+        else:
+            found[name] = module
+    return found
 
 
 def find_targets(model: nn.Module, config: AdapterConfig, strict: bool = True) -> dict[str, nn.Module]:
     """The modules that `config` selects, by name, in the model's order. Changes nothing.
 
     target_modules: a list of names (equal to the module's, or to its end after a dot), a regular expression for the
-    whole name, or "all-linear": every nn.Linear but the output head (`model.get_output_embeddings()`).
-    layers_to_transform: with a list of names, only modules in these numbered layers.
+    whole name, "all-linear": every linear layer but the output head (`model.get_output_embeddings()`), or None: what
+    `config.default_targets(model)` says. layers_to_transform: with a list of names, only these numbered layers.
     With `strict`, each name of the list and each layer must select something; peft ignores those that do not.
     Raises ValueError with the names that exist and the nearest one, TypeError where `config` cannot wrap a module.
     """
+    if hasattr(config, "targets"):
+        found = config.targets(model)
+    else:
+        found = _by_name(model, config, strict)
+    _check(model, config, found)
+    return found
+
+
+def _by_name(model: nn.Module, config: AdapterConfig, strict: bool) -> dict[str, nn.Module]:
     targets, layers = config.target_modules, config.layers_to_transform
     layers = [layers] if isinstance(layers, int) else layers
-    modules = dict(model.named_modules())
-    modules.pop("", None)  # the model itself has no parent to be replaced in
+    if targets is None:
+        targets = config.default_targets(model)
+    modules = plain_modules(model)
     if isinstance(targets, str):
         if layers is not None:
             raise ValueError("layers_to_transform works with a list of names in target_modules; with a string, write "
                              "the layers into the regular expression, e.g. r\".*\\.layers\\.(0|1)\\..*q_proj\".")
-        found = _by_string(model, modules, targets)
+        names = _by_string(model, modules, targets)
     else:
         targets = list(targets) if isinstance(targets, (list, tuple, set, frozenset)) else [targets]
-        found = _by_suffix(model, modules, targets, layers, strict)
+        names = _by_suffix(model, modules, targets, layers, strict)
+    return {name: modules[name] for name in names}
 
+
+def _check(model: nn.Module, config: AdapterConfig, found: dict[str, nn.Module]) -> None:
     aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model, remove_duplicate=False).items():
         aliases.setdefault(id(module), []).append(name)
-    for name in found:
-        module = modules[name]
+    for name, module in found.items():
         if len(aliases[id(module)]) > 1:
             raise ValueError(f"target_modules selects one module that the model holds under several names: "
                              f"{', '.join(aliases[id(module)])}. Replacing one of them would leave the others.")
@@ -57,13 +107,23 @@ def find_targets(model: nn.Module, config: AdapterConfig, strict: bool = True) -
         except (TypeError, ValueError) as error:
             exists = _existing(model) if isinstance(error, TypeError) else ""
             raise type(error)(f"target_modules selects {name!r}: {error}{exists}") from None
-    return {name: modules[name] for name in found}
+
+
+def default_for(model: nn.Module, table: dict[str, tuple[str, ...]], method: str) -> list[str]:
+    """The entry of a method's table for this model's family; ValueError that asks for `target_modules` otherwise."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in table:
+        raise ValueError(f"target_modules must be given: {method} has no customary layers for "
+                         f"{f'model type {family!r}' if family else 'a model without a configuration'} "
+                         f"(it has for {', '.join(sorted(table))}).{_existing(model)}")
+    return list(table[family])
 
 
 def _by_string(model: nn.Module, modules: dict[str, nn.Module], pattern: str) -> list[str]:
     if pattern.lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        found = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+        head = getattr(head, "base_layer", head)
+        found = [name for name, module in modules.items() if is_linear(module) and module is not head]
     else:
         try:
             found = [name for name in modules if re.fullmatch(pattern, name)]
@@ -104,7 +164,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 def _existing(model: nn.Module, wanted: str | None = None) -> str:
     """ The linear layers that the model has are named …; the nearest to … is …"""
-    linear = (name for name, module in model.named_modules() if name and isinstance(module, nn.Linear))
+    linear = (name for name, module in plain_modules(model).items() if is_linear(module))
     names = dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear)
     if not names:
         return f" ({type(model).__name__} holds no nn.Linear inside it.)"

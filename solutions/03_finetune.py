@@ -32,10 +32,8 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import torch
 import torch.nn.functional as F
-import transformers
 from IPython.display import Markdown, display
 
 from pefttools import lab
@@ -47,7 +45,11 @@ from pefttools.lora import LoRAConfig
 from pefttools.widgets import finetune as pictures
 from pefttools.widgets.base import show
 
-transformers.utils.logging.set_verbosity_error()     # the libraries talk a lot; here we want to read our own lines
+# %%
+import datasets                                      # the large libraries take seconds to import
+import transformers
+
+transformers.utils.logging.set_verbosity_error()     # they talk a lot; here we want to read our own lines
 transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pefttools import checkpoint
+from pefttools import adapter_files
 from pefttools.checkpoint import CONFIG, WEIGHTS, load_adapter, save_adapter
 from pefttools.inject import adapter_parameters, attach, attached, count_parameters, detach, merge, trainable
 from pefttools.lora import LoRAConfig
@@ -113,7 +113,7 @@ def test_saved_by_peft_loads_here_and_our_files_hold_the_same(case, tmp_path):
     targets, layers = config.target_modules, config.layers_to_transform
     theirs = get_peft_model(llama(), LoraConfig(
         r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM",
+        target_modules=list(targets) if isinstance(targets, (list, tuple)) else targets, task_type="CAUSAL_LM",
         layers_to_transform=list(layers) if layers else None))
     ours = trained(config)
     theirs.load_state_dict({"base_model.model." + name: tensor for name, tensor in ours.state_dict().items()})
@@ -189,7 +189,7 @@ def test_an_interrupted_save_keeps_the_old_files(folder, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(adapter_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(trained(CASES["rslora"]), folder)
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS, "optimizer.bin"]
@@ -207,7 +207,7 @@ def test_stopped_between_the_two_files_never_mixes_settings_and_weights(folder, 
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", stop)
+    monkeypatch.setattr(adapter_files.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(trained(LoRAConfig(r=4, alpha=99)), folder)
     refuses(folder, FileNotFoundError, f"{CONFIG} is not in .*, though {WEIGHTS} is: the save was interrupted.*"
@@ -226,7 +226,7 @@ def test_stopped_between_the_two_files_of_the_same_run_loses_nothing(folder, mon
     def stop(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", stop)
+    monkeypatch.setattr(adapter_files.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(trained(), folder)
     assert torch.equal(logits(load_adapter(llama(), folder)), logits(trained()))
@@ -288,8 +288,8 @@ def test_weights_that_are_no_safetensors(folder, content):
 @pytest.mark.parametrize("content, message", [
     (b"", "is damaged, it is not JSON"), (b'{"r": 4, "lora_al', "is damaged, it is not JSON"),
     (b"\xff\xfe\x00garbage", "is damaged, it is not JSON"), (b"[1]", "must hold one JSON object; it holds a list"),
-    (b"{}", r"has peft_type=None; known here: \['LORA'\]"),
-    (b'{"peft_type": ["LORA"]}', "has peft_type="),
+    (b"{}", r"peft_type=None; known here: LORA, IA3, LN_TUNING"),
+    (b'{"peft_type": ["LORA"]}', "peft_type="),
     (b'{"peft_type": "LORA"}', "has no field 'r'"),
     (b'{"peft_type": "LORA", "r": "four", "lora_alpha": 8, "target_modules": ["q_proj"]}',
      "r must be a whole number.*'four'"),
@@ -305,14 +305,14 @@ def test_damaged_settings(folder, content, message):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"use_dora": True}, "uses what this library does not have: use_dora=True"),
+    ({"use_dora": True}, "missing from the file: .*q_proj.lora_magnitude_vector"),
     ({"bias": "all"}, "bias='all'"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
     ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern="), ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
     ({"lora_bias": True}, "lora_bias=True"), ({"exclude_modules": ["k_proj"]}, "exclude_modules="),
     ({"trainable_token_indices": [1]}, "trainable_token_indices="),
     ({"of_a_later_peft": 3}, "of_a_later_peft=3"),
-    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' also changes the base weights"),
-    ({"peft_type": "IA3"}, "peft_type='IA3'"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights|init.*corda"),
+    ({"peft_type": "VERA"}, "peft_type='VERA'; known here: LORA, "),
 ])
 def test_settings_of_peft_that_we_lack_are_named(folder, fields, message):
     edit(folder, **fields)

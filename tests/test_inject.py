@@ -10,6 +10,7 @@ from torch import nn
 
 from pefttools.inject import (adapter_layers, adapter_parameters, attach, attached, count_parameters, detach, disabled,
                               merge, trainable, unmerge)
+from pefttools.layer import AdapterLayer
 from pefttools.lora import LoRAConfig, LoRALinear
 from pefttools.targets import find_targets
 
@@ -174,14 +175,22 @@ def test_logits_and_gradients_equal_pefts(dtype, rslora):
     theirs = pefts(llama(dtype=dtype), r=4, lora_alpha=12, use_rslora=rslora, target_modules="all-linear")
     theirs.load_state_dict({"base_model.model." + k: v for k, v in model.state_dict().items()})
     theirs.eval()
-    for each in (model, theirs):
+    exact = copy.deepcopy(model).double()
+    for each in (model, theirs, exact):
         each(IDS, labels=IDS).loss.backward()
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-6, atol=1e-6)
     gradients = {strip(n): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    close = 5e-6 if dtype == torch.float32 else 5e-2
+    ours_off = theirs_off = 0.0
     for name, parameter in trainable(model).items():
         assert parameter.grad.dtype == torch.float32
-        scale = gradients[name].abs().max().item()
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-6, atol=1e-6 * scale)
+        right = trainable(exact)[name].grad
+        # Sums in another order round otherwise, and each layer below rounds that again: nearer to each other than
+        # either is to the truth in float64, and ours no further from it than peft's.
+        assert (parameter.grad - gradients[name]).norm() <= close * right.norm(), name
+        ours_off += ((parameter.grad - right).norm() / right.norm()).item()
+        theirs_off += ((gradients[name] - right).norm() / right.norm()).item()
+    assert ours_off <= 1.1 * theirs_off
 
 
 def test_find_targets_changes_nothing_and_skips_only_the_output_head():
@@ -272,13 +281,12 @@ NAMES = "named q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm
     ({"target_modules": ["proj"]}, ValueError, "no module is named 'proj'"),      # a whole part of the name, not its end
     ({"target_modules": []}, ValueError, rf"must name at least one layer; got \[\].*{NAMES}"),
     ({"target_modules": [""]}, ValueError, "must name at least one layer"),
-    ({"target_modules": None}, ValueError, "must name at least one layer; got"),
     ({"target_modules": "q_proj"}, ValueError,
      r"a regular expression for the whole name; did you mean the list \['q_proj'\]"),
     ({"target_modules": ".*qq.*"}, ValueError, f"selects no module.*{NAMES}"),
     ({"target_modules": "(q"}, ValueError, r"is not a regular expression.*give a list: \[\"q_proj\", \"v_proj\"\]"),
     ({"target_modules": ["self_attn"]}, TypeError, f"'model.layers.0.self_attn': this is a LlamaAttention.*{NAMES}"),
-    ({"target_modules": ["embed_tokens"]}, TypeError, "'model.embed_tokens': this is a Embedding"),
+    ({"target_modules": ["input_layernorm"]}, TypeError, "'model.layers.0.input_layernorm': this is a LlamaRMSNorm"),
     ({"target_modules": r".*\.mlp.*"}, TypeError, r"'model\.layers\.0\.mlp': this is a LlamaMLP"),
     ({"target_modules": ["k_proj"], "r": 17}, ValueError,
      r"'model\.layers\.0\.self_attn\.k_proj': r = 17 is more than min\(d_in=32, d_out=16\) = 16.*could not express"),
@@ -304,7 +312,7 @@ def test_names_that_select_nothing_are_ignored_as_in_peft_when_not_strict():
 def test_attaching_twice_is_refused():
     model = stir(attach(llama(), LoRAConfig(r=4)))
     adapted = logits(model)
-    with pytest.raises(ValueError, match=r"has adapters already. Call detach\(model\) first"):
+    with pytest.raises(ValueError, match=r"has adapters already, one of them called 'default'. Call detach\(model\) first"):
         attach(model, LoRAConfig(r=2, target_modules=["k_proj"]))
     assert torch.equal(logits(model), adapted)
     attach(detach(model), LoRAConfig(r=2, target_modules=["k_proj"]))
@@ -327,14 +335,6 @@ def test_model_and_config_of_the_wrong_kind():
             attach(llama(), config)
 
 
-def test_gpt2_is_refused_clearly():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=61, n_positions=32))
-    with pytest.raises(TypeError, match=r"'transformer\.h\.0\.attn\.c_attn': this is a Conv1D.*not supported yet"):
-        attach(model, LoRAConfig(target_modules=["c_attn"]))
-
-
 def test_one_module_under_two_names_is_refused():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"one": shared, "two": shared})
@@ -344,25 +344,23 @@ def test_one_module_under_two_names_is_refused():
 
 # ------------------------------------------------------------------------------------------------ the protocol
 
-class Scaled(nn.Module):
+class Scaled(AdapterLayer):
     """Another method: y = g · base(x), one trained number a layer."""
 
+    holds = ("gain",)
+
     def __init__(self, base):
-        super().__init__()
-        self.base_layer, self.gain = base, nn.Parameter(torch.ones(1))
-        self.enabled, self.merged = True, False
+        super().__init__(base)
+        self.gain = nn.ParameterDict()
+
+    def add(self, name, config, generator=None):
+        self.gain[name] = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return self.base_layer(x) * (self.gain if self.enabled else 1)
-
-    def adapter_parameters(self):
-        return {"gain": self.gain}
-
-    def merge(self):
-        raise TypeError("cannot be merged")
-
-    def unmerge(self):
-        pass
+        y = self.base_layer(x)
+        for name in self.active if self.enabled else ():
+            y = y * self.gain[name]
+        return y
 
 
 @dataclass(frozen=True)
@@ -373,19 +371,22 @@ class ScaledConfig:
     def shapes(self, base):
         return {"gain": (1,)}
 
-    def build(self, base, generator=None):
-        return Scaled(base)
+    def build(self, base, generator=None, name="default"):
+        layer = Scaled(base)
+        layer.add(name, self, generator)
+        layer.active = {name: 1.0}
+        return layer
 
 
 def test_another_method_needs_only_the_protocol():
     model = llama()
     before, first = fingerprint(model), logits(model)
     stir(attach(model, ScaledConfig()))
-    assert set(trainable(model)) == {f"model.layers.{i}.self_attn.q_proj.gain" for i in range(3)}
+    assert set(trainable(model)) == {f"model.layers.{i}.self_attn.q_proj.gain.default" for i in range(3)}
     assert count_parameters(model)[0] == 3 and not torch.equal(logits(model), first)
     with disabled(model):
         assert torch.equal(logits(model), first)
-    with pytest.raises(TypeError, match=r"model\.layers\.0\.self_attn\.q_proj: cannot be merged"):
+    with pytest.raises(TypeError, match=r"model\.layers\.0\.self_attn\.q_proj: Scaled computes something .* cannot be merged"):
         merge(model)
     assert same(before, fingerprint(detach(model)))
 
@@ -393,7 +394,7 @@ def test_another_method_needs_only_the_protocol():
 def test_a_failure_while_building_restores_the_model():
     @dataclass(frozen=True)
     class Failing(ScaledConfig):
-        def build(self, base, generator=None):
+        def build(self, base, generator=None, name="default"):
             base.requires_grad_(False)
             raise MemoryError("no memory")
 
@@ -411,3 +412,63 @@ def test_counts_two_codes_in_each_byte_of_a_4_bit_weight():
     model = nn.Module()
     model.packed = Params4bit(torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False)
     assert count_parameters(model) == (0, 20)
+
+
+def test_without_target_modules_the_family_decides_and_an_unknown_one_is_asked_for():
+    names = [name for name, _ in adapter_layers(attach(llama(), LoRAConfig(r=4, target_modules=None)))]
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "v_proj"} and len(names) == 6
+    with pytest.raises(ValueError, match="target_modules must be given: .* a model without a configuration"):
+        attach(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2, target_modules=None))
+
+
+def test_a_failure_in_a_second_adapter_leaves_the_first_as_it_was():
+    model = stir(attach(llama(), ScaledConfig()))
+    before, adapted = fingerprint(model), logits(model)
+    calls = []
+    add = Scaled.add
+
+    def fail_at_the_third(self, name, config, generator=None):
+        calls.append(name)
+        if len(calls) == 3:
+            raise MemoryError("no memory")
+        add(self, name, config, generator)
+
+    Scaled.add = fail_at_the_third
+    try:
+        with pytest.raises(MemoryError):
+            attach(model, ScaledConfig(), name="second")
+    finally:
+        Scaled.add = add
+    assert same(before, fingerprint(model)) and torch.equal(logits(model), adapted)
+    assert list(attached(model).configs) == ["default"]
+
+
+class Whole(Scaled):
+    """A block, wrapped: its own layers can be wrapped as well."""
+
+    def forward(self, *args, **kwargs):
+        y = self.base_layer(*args, **kwargs)
+        for name in self.active if self.enabled else ():
+            y = y * self.gain[name]
+        return y
+
+
+def test_a_block_and_a_layer_inside_it():
+    @dataclass(frozen=True)
+    class Config(ScaledConfig):
+        target_modules: tuple[str, ...] = ("mlp", "down_proj")
+
+        def build(self, base, generator=None, name="default"):
+            layer = (Scaled if isinstance(base, nn.Linear) else Whole)(base)
+            layer.add(name, self, generator)
+            layer.active = {name: 1.0}
+            return layer
+
+    model = llama()
+    before, first = fingerprint(model), logits(model)
+    stir(attach(model, Config()))
+    assert count_parameters(model)[0] == 6 and not torch.equal(logits(model), first)
+    attach(model, Config(), name="second")                        # the plain names are still those of the model
+    assert count_parameters(model)[0] == 6 and len(adapter_parameters(model)) == 12
+    detach(model)
+    assert same(before, fingerprint(model)) and torch.equal(logits(model), first)

@@ -56,10 +56,14 @@ def _percent_inputs(generator: torch.Generator) -> list[dict]:
     return cases
 
 
+def _percent_probe(work: Any, case: dict) -> dict:
+    return {"percent": _number(work(case["trainable"], case["total"]))}
+
+
 HELLO = Exercise(
     name="hello-check", chapter=CHAPTER, title="Your first green tick", points=1, minutes=3, difficulty=1,
     inputs=_percent_inputs,
-    probe=lambda work, case: {"percent": _number(work(case["trainable"], case["total"]))},
+    probe=_percent_probe,
     reference=trainable_percent,
     mistakes={
         "fraction": (lambda trainable, total: trainable / total,
