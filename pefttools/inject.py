@@ -23,6 +23,7 @@ peft/tuners/tuners_utils.py and peft/peft_model.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,6 +69,7 @@ def attach(model: nn.Module, config: AdapterConfig | WholeModelConfig, seed: int
     is not one, or a selected layer cannot be wrapped.
     """
     _check_arguments(model, config, name)
+    config = copy.copy(config)         # methods note on it what they find in this model
     existing = {target.replace(".base_layer.", "."): layer for target, layer in adapter_layers(model)}
     note = attached(model) if existing else None
     if note:
@@ -92,6 +94,8 @@ def attach(model: nn.Module, config: AdapterConfig | WholeModelConfig, seed: int
     except BaseException:
         for layer in extended:
             layer.remove(name)
+        for layer in new.values():
+            layer.restore_base()
         for layer in new.values():
             layer.restore_base()                       # a start such as PiSSA's has changed the weight
         set_flags(model, flags)

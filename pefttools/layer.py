@@ -55,6 +55,10 @@ class AdapterLayer(nn.Module):
     def restore_base(self) -> None:
         """Called when the adapters go: undo what a start such as PiSSA's did to the base layer. Most do nothing."""
 
+    # Some models look at a layer's weight (T5 at its dtype).
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
     # ---- names and parameters
     @property
     def names(self) -> list[str]:

@@ -32,31 +32,31 @@ def is_linear(module: nn.Module) -> bool:
         return True
     # whoever has an instance of these has imported their modules; nobody else should have to
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
-    nf4 = getattr(sys.modules.get("pefttools.qlora"), "NF4Linear", ())
+    nf4 = getattr(sys.modules.get("pefttools.nf4_linear"), "NF4Linear", ())
     return isinstance(module, (conv1d, nf4)) if conv1d or nf4 else False
 
 
 def plain_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
     """{name: module} of the model as it is without adapters, in its order: a wrapped layer stands for its wrapper.
 
-    The model itself (no parent to be replaced in) and the modules that methods added do not appear.
+    Also where an adapter is inside a block that is wrapped itself. The model (no parent to be replaced in) and the
+    modules that methods added do not appear.
     """
     found: dict[str, nn.Module] = {}
-    wrapped: list[str] = []              # names of adapter layers and added modules: what is inside is not the model's
+    wrapped: dict[str, str] = {}                 # where a wrapped module really is → its name without adapters
+    added: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if not name or any(name.startswith(outer) for outer in wrapped):
+        outer = max((where for where in wrapped if f"{name}.".startswith(f"{where}.")), key=len, default="")
+        plain = wrapped[outer] + name[len(outer):] if outer else name
+        if not name or f"{name}.".startswith(added):
             continue
         if isinstance(module, AdapterLayer):
-            wrapped.append(f"{name}.")
-            inside = module.base_layer
-            found[name] = inside
-            for inner, part in inside.named_modules(remove_duplicate=remove_duplicate):   # a wrapped block has parts
-                if inner:
-                    found[f"{name}.{inner}"] = part
+            wrapped[f"{name}.base_layer"] = plain
+            added += tuple(f"{name}.{child}." for child, _ in module.named_children() if child != "base_layer")
         elif callable(getattr(module, "adapter_parameters", None)):
-            wrapped.append(f"{name}.")
+            added += (f"{name}.",)
         else:
-            found[name] = module
+            found[plain] = module
     return found
 
 
@@ -70,7 +70,7 @@ def find_targets(model: nn.Module, config: AdapterConfig, strict: bool = True) -
     Raises ValueError with the names that exist and the nearest one, TypeError where `config` cannot wrap a module.
     """
     if hasattr(config, "targets"):
-        found = config.targets(model)
+        found = config.targets(model, strict)
     else:
         found = _by_name(model, config, strict)
     _check(model, config, found)

@@ -41,7 +41,7 @@ def alone(small_model, config, name, seed):
 
 def test_a_second_adapter_waits_and_is_frozen(small_model, two):
     assert torch.equal(logits(two), logits(alone(small_model, FIRST, "default", 7)))
-    assert list(attached(two).configs) == ["default", "second"] and attached(two).config is FIRST
+    assert list(attached(two).configs) == ["default", "second"] and attached(two).config == FIRST
     assert set(trainable(two)) == set(adapter_parameters(two, "default"))
     assert len(adapter_parameters(two)) == 2 * 6 + 2 * 6
 
