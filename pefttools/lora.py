@@ -21,27 +21,29 @@ the start (A random, B zero) are in section 4.1. rsLoRA (Kalajdzievski 2023, arX
 A worked number: 2048 → 2048 (q_proj of Llama-3.2-1B) has 4,194,304 weights. At r = 8, A and B have
 8·2048 + 2048·8 = 32,768, which is 0.78 % of them. GPT-3 (96 layers, d = 12,288), r = 4 on q and v: 18,874,368.
 
-In this order: pure functions, the module, the configuration that `pefttools.inject.attach` takes.
+In this order: pure functions, then the module. Its arithmetic is in `pefttools.lora_update`, made for memory and speed;
+its settings are in `pefttools.lora_config`, other starts than (A random, B zero) in `pefttools.lora_starts`.
 """
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pefttools.layer import AdapterLayer
+from pefttools.lora_config import LoRAConfig, check_rank, check_rank_fits, features
+from pefttools.lora_update import add_update, linear_with_update, plain_update
+
+__all__ = ["LoRAConfig", "LoRALinear", "lora_delta", "lora_forward", "lora_init", "lora_scale"]
 
 
 # ------------------------------------------------------------------------------------------------ pure functions
 
 def lora_scale(r: int, alpha: float, rslora: bool = False) -> float:
     """The factor in front of B·A: α/r, or α/√r with `rslora`. Raises ValueError unless r is a whole number ≥ 1."""
-    if not isinstance(r, numbers.Integral) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r must be a whole number, 1 or more (the rank of the update); got {r!r}. Try r=8.")
+    check_rank(r)
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
@@ -61,7 +63,7 @@ def lora_forward(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float, 
         raise ValueError(f"x must be [..., d_in={d_in}], as wide as weight {list(weight.shape)}; got {list(x.shape)}.")
     if bias is not None and bias.shape != (d_out,):
         raise ValueError(f"bias must be [d_out={d_out}]; got shape {list(bias.shape)}.")
-    return _add_update(F.linear(x, weight, bias), x, A, B, lora_scale(len(A), alpha, rslora))
+    return plain_update(F.linear(x, weight, bias), x, A, B, lora_scale(len(A), alpha, rslora))
 
 
 def lora_delta(A: Tensor, B: Tensor, alpha: float, rslora: bool = False) -> Tensor:
@@ -79,21 +81,10 @@ def lora_init(d_in: int, d_out: int, r: int, generator: torch.Generator | None =
     That A is uniform in ±1/√d_in. (The paper's A is Gaussian; what matters is that exactly one of the two is zero:
     then ΔW = 0 at the start, and the other factor still receives a gradient.)
     """
-    lora_scale(r, 1.0)  # is r a rank at all?
-    if r > min(d_in, d_out):
-        raise ValueError(
-            f"r = {r} is more than min(d_in={d_in}, d_out={d_out}) = {min(d_in, d_out)}. A {d_out}×{d_in} matrix has "
-            f"no higher rank than that, so a larger r adds parameters and nothing that B·A could not express already. "
-            f"Use r ≤ {min(d_in, d_out)}.")
+    check_rank_fits(r, d_in, d_out)
     A = torch.empty(r, d_in, dtype=dtype)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
     return A, torch.zeros(d_out, r, dtype=dtype)
-
-
-def _add_update(result: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """result + scale · (x Aᵀ) Bᵀ in the dtype of result. `x.to` copies nothing where the dtypes already agree."""
-    update = F.linear(F.linear(x.to(A.dtype), A), B) * scale          # [..., d_in] → [..., r] → [..., d_out]
-    return (result + update).to(result.dtype)
 
 
 def _check_factors(A: Tensor, B: Tensor, d_in: int, d_out: int) -> None:
@@ -108,94 +99,133 @@ def _check_factors(A: Tensor, B: Tensor, d_in: int, d_out: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ the module
 
-class LoRALinear(nn.Module):
-    """A given nn.Linear, frozen, plus the update (α/r)·B·A: [..., d_in] → [..., d_out].
+class LoRALinear(AdapterLayer):
+    """A given linear layer, frozen, plus the update (α/r)·B·A: [..., d_in] → [..., d_out].
 
-    It wraps the layer, so the layer itself comes back untouched when the adapter is taken off. State-dict keys are
-    peft's: `base_layer.weight`, `lora_A.default.weight` [r, d_in], `lora_B.default.weight` [d_out, r]. A and B are
-    float32 beside a weight of 16 bits or fewer (peft's default). Dropout acts on the adapter's input only.
+    It wraps the layer (nn.Linear, GPT-2's Conv1D, a 4-bit one), so the layer itself comes back untouched when the
+    adapter is taken off. State-dict keys are peft's: `base_layer.weight`, `lora_A.default.weight` [r, d_in],
+    `lora_B.default.weight` [d_out, r]. A and B are float32 beside a weight of 16 bits or fewer (peft's default).
+    Dropout acts on the adapter's input only. Several adapters (`add`) may differ in r, alpha and dropout (`settings`);
+    those that act (`active`: {name: weight}) add up, Σ weight·(α/r)·B·A. `r` and `alpha` are those of the first.
 
-    `generator` draws A; without one, torch's global generator does. Raises TypeError unless `base` is an nn.Linear,
-    and ValueError for an r, alpha or dropout that makes no sense.
+    Merged, W₀ + ΔW is rounded to the weight's dtype, so that outputs differ from the unmerged ones: measured 6e-7 in
+    float32, 9e-4 in float16, 7e-3 in bfloat16 (largest difference / largest output; 512 → 512, r = 16, ‖ΔW‖ = 0.16
+    ‖W₀‖). Unmerged again, W₀ is exact in every dtype, because it was kept. Subtracting ΔW instead, as peft does, leaves
+    errors in W₀: measured 8e-8, 7e-4 and 6e-3 (largest error / largest weight, same layer).
+
+    `generator` draws A; without one, torch's global generator does. `init` is explained in LoRAConfig. Raises TypeError
+    unless `base` is a linear layer, and ValueError for an r, alpha, dropout or init that makes no sense.
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
-                 generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"base must be an nn.Linear; got {type(base).__name__}.")
-        _check_settings(r, alpha, dropout)
-        self.base_layer = base
-        self.r, self.alpha, self.rslora = r, alpha, rslora
-        self.scaling = lora_scale(r, alpha, rslora)
-        self.enabled, self.merged = True, False
+    holds = ("lora_A", "lora_B")
 
-        dtype = base.weight.dtype if base.weight.dtype in (torch.float32, torch.float64) else torch.float32
-        A, B = (t.to(base.weight.device) for t in lora_init(base.in_features, base.out_features, r, generator, dtype))
-        # Dictionaries of one, named "default", because those are peft's state-dict keys.
-        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout) if dropout > 0 else nn.Identity()})
-        self.lora_A = nn.ModuleDict({"default": _linear_of(A)})
-        self.lora_B = nn.ModuleDict({"default": _linear_of(B)})
-        base.requires_grad_(False)
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
+                 generator: torch.Generator | None = None, init: str | bool = True, name: str = "default") -> None:
+        config = LoRAConfig(r, alpha, dropout, rslora, init=init)
+        check_rank_fits(r, *features(base))
+        super().__init__(base)
+        self.settings: dict[str, LoRAConfig] = {}
+        self._scaling: dict[str, float] = {}
+        # Dictionaries by name, because those are peft's state-dict keys.
+        self.lora_dropout, self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.train(base.training)  # a new module is in training mode; its dropout must not be where the model is not
+        self.add(name, config, generator)
+        self.active = {name: 1.0}
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, by the name it has in this module. Everything else stays frozen."""
-        return {"lora_A.default.weight": self.lora_A["default"].weight,
-                "lora_B.default.weight": self.lora_B["default"].weight}
+    # ---- adapters
+    def add(self, name: str, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
+        A, B = lora_init(*features(self.base_layer), config.r, generator)
+        self.put(name, config, A, B)
+        if config.init is not True or hasattr(self, "_before_start"):      # a start that changed W is not shared
+            from pefttools.lora_init import initialise
 
-    def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)                                                               # [..., d_out]
-        if self.merged or not self.enabled:
-            return result
-        A, B = self.lora_A["default"].weight, self.lora_B["default"].weight
-        x = self.lora_dropout["default"](x.to(A.dtype))
-        return _add_update(result, x, A, B, self.scaling)
+            try:
+                initialise(self, name, config.init, generator)
+            except BaseException:
+                self.remove(name)
+                raise
 
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """ΔW [d_out, d_in], in the dtype of A and B."""
-        return lora_delta(self.lora_A["default"].weight, self.lora_B["default"].weight, self.alpha, self.rslora)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put W₀ + ΔW in the place of W₀: from here on the layer costs what a plain nn.Linear costs.
-
-        Merging twice is merging once. The sum is rounded to the weight's dtype, so outputs differ from the unmerged
-        ones: measured 6e-7 in float32, 9e-4 in float16, 7e-3 in bfloat16 (largest difference / largest output;
-        512 → 512, r = 16, ‖ΔW‖ = 0.16 ‖W₀‖). W₀ is kept while merged, which costs one weight of memory. Raises
-        TypeError where the weight is not a floating-point tensor (a quantized layer), ValueError where the sum is
-        not finite; the layer is then unchanged.
-        """
-        if self.merged:
-            return
+    def put(self, name: str, config: LoRAConfig, A: Tensor, B: Tensor) -> None:
+        """A new adapter of these values. They go to the weight's device; in float64 beside float64, else float32."""
         weight = self.base_layer.weight
-        if not weight.is_floating_point():
-            raise TypeError(f"merge: the weight is stored as {weight.dtype} (quantized), and adding to its codes means "
-                            f"nothing. Keep the adapter apart, or dequantize the layer first.")
-        merged = (weight + self.delta()).to(weight.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(f"merge: W₀ + ΔW has NaN or infinite entries in {weight.dtype}; the adapter has diverged, "
-                             f"or its update is too large for this dtype. Nothing was changed.")
-        self.register_buffer("_original", weight.data, persistent=False)  # a buffer, so that .to(device) takes it along
-        weight.data = merged
-        self.merged = True
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.lora_A[name], self.lora_B[name] = (_linear_of(t.to(weight.device, dtype).contiguous()) for t in (A, B))
+        self.lora_dropout[name] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.lora_dropout[name].train(self.training)
+        self.settings[name], self._scaling[name] = config, config.scaling
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        for notes in (self.lora_dropout, self.settings, self._scaling):
+            if name in notes:
+                del notes[name]
+
+    r = property(lambda self: next(iter(self.settings.values())).r)
+    alpha = property(lambda self: next(iter(self.settings.values())).alpha)
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """{name: α/r}. `layer.scaling = 0.5` sets it for all adapters of this layer."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = dict.fromkeys(self._scaling, value)
+
+    # Some models look at a layer's weight (T5 at its dtype).
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    # ---- what it computes
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged or not self.enabled or not self.active:
+            return self.base_layer(x)
+        if len(self.active) == 1:
+            (name, share), = self.active.items()
+            if not isinstance(self.lora_dropout[name], nn.Dropout) or not self.training:
+                A, B = self.lora_A[name].weight, self.lora_B[name].weight
+                return linear_with_update(self.base_layer, x, A, B, share * self._scaling[name])
+        result = total = self.base_layer(x)                                                       # [..., d_out]
+        for name, share in self.active.items():
+            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            if len(self.active) > 1:
+                total = total.to(torch.promote_types(total.dtype, A.dtype))         # rounded once, at the end
+            dropped = self.lora_dropout[name](x.to(A.dtype))
+            total = add_update(total, dropped, A, B, share * self._scaling[name])
+        return total.to(result.dtype)
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put W₀ back. Unmerging twice is unmerging once, and it is exact: error 0 in every dtype.
+    def delta(self, name: str | None = None) -> Tensor:
+        """ΔW [d_out, d_in] of one adapter, or of those that act with their weights, in the dtype of A and B."""
+        shares = self.active if name is None else {name: 1.0}
+        return sum(self.lora_B[name].weight @ self.lora_A[name].weight * (share * self._scaling[name])
+                   for name, share in shares.items())
 
-        It is exact because W₀ was kept. Subtracting ΔW again, as peft does, leaves rounding errors in W₀: measured
-        8e-8 in float32, 7e-4 in float16, 6e-3 in bfloat16 (largest error / largest weight, same layer as in `merge`).
-        """
-        if not self.merged:
-            return
-        self.base_layer.weight.data = self._original
-        del self._original
-        self.merged = False
+    def merged_tensors(self) -> dict[str, Tensor]:
+        weight, delta = self.base_layer.weight, self.delta()
+        return {"weight": weight + (delta if isinstance(self.base_layer, nn.Linear) else delta.T)}  # Conv1D: transposed
+
+    # ---- starts that change the base weight (PiSSA, OLoRA, LoftQ): the original speaks while disabled
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if hasattr(self, "_before_start") and value != self._enabled:
+            from pefttools.lora_init import swap_base
+
+            swap_base(self)
+        self._enabled = value
+
+    def restore_base(self) -> None:
+        from pefttools.lora_init import restore_base
+
+        restore_base(self)
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}, merged={self.merged}"
+        each = (f"{name}: r={c.r}, alpha={c.alpha}" for name, c in self.settings.items())
+        return f"{', '.join(each)}, merged={self.merged}"
 
 
 def _linear_of(weight: Tensor) -> nn.Linear:
@@ -203,64 +233,3 @@ def _linear_of(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     return linear
-
-
-def _check_settings(r: int, alpha: float, dropout: float) -> None:
-    lora_scale(r, 1.0)
-    if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha must be a finite number other than 0 (at 0 the update never acts); got {alpha!r}. "
-                         f"Common choices: alpha=r or alpha=2*r.")
-    if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a probability in [0, 1); got {dropout!r}. Try dropout=0.05, or 0.")
-
-
-# ------------------------------------------------------------------------------------------------ the configuration
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which layers get LoRA, and of what size. Defaults are peft's (which leaves `target_modules` to the model family).
-
-    `target_modules`: a sequence of names ("q_proj" means every layer whose name ends in ".q_proj"), or a string:
-    "all-linear" (every linear layer but the output head), or a regular expression for the whole name.
-    `layers_to_transform`: only in these layers, counted from 0 (with a sequence of names only).
-    """
-
-    r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
-    rslora: bool = False
-    target_modules: Sequence[str] | str = ("q_proj", "v_proj")
-    layers_to_transform: Sequence[int] | int | None = None
-
-    def __post_init__(self) -> None:
-        _check_settings(self.r, self.alpha, self.dropout)
-
-    def shapes(self, base: nn.Module) -> dict[str, tuple[int, ...]]:
-        """The adapter parameters that `build(base)` makes, with their shapes. Raises where LoRA cannot wrap `base`."""
-        if not isinstance(base, nn.Linear):
-            later = " (GPT-2's Conv1D is not supported yet)" if type(base).__name__ == "Conv1D" else ""
-            raise TypeError(f"this is a {type(base).__name__}, and LoRA wraps nn.Linear only{later}.")
-        if self.r > min(base.in_features, base.out_features):
-            lora_init(base.in_features, base.out_features, self.r)  # says why that buys nothing
-        return {"lora_A.default.weight": (self.r, base.in_features),
-                "lora_B.default.weight": (base.out_features, self.r)}
-
-    def build(self, base: nn.Linear, generator: torch.Generator | None = None) -> LoRALinear:
-        """The layer to put in the place of `base`."""
-        return LoRALinear(base, self.r, self.alpha, self.dropout, self.rslora, generator)
-
-    def to_peft(self) -> dict[str, Any]:
-        """The fields of peft's adapter_config.json that say the same (`target_modules` apart)."""
-        return {"peft_type": "LORA", "r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout,
-                "use_rslora": self.rslora, "use_dora": False, "bias": "none", "init_lora_weights": True,
-                "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False}
-
-    @classmethod
-    def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
-        """From the fields of peft's adapter_config.json. KeyError for a missing one, ValueError for a value we lack."""
-        init = fields.get("init_lora_weights", True)
-        if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
-            raise ValueError(f"init_lora_weights={init!r} also changes the base weights, which is not supported.")
-        return cls(r=fields["r"], alpha=fields["lora_alpha"], dropout=fields.get("lora_dropout", 0.0),
-                   rslora=fields.get("use_rslora", False), target_modules=fields["target_modules"],
-                   layers_to_transform=fields.get("layers_to_transform"))

@@ -45,6 +45,8 @@ def load_base(name: str = "tiny", *, dtype=None, device=None, revision: str | No
     """
     import torch
 
+    from pefttools.bnb import make_safe
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float16 if str(device).startswith("cuda") and name != "tiny" else torch.float32
@@ -56,6 +58,8 @@ def load_base(name: str = "tiny", *, dtype=None, device=None, revision: str | No
         base = Base(*from_hub(name, dtype, revision, kwargs), name, "as asked")
     if "quantization_config" not in kwargs:
         base.model.to(device)
+    if str(device) == "cpu":
+        make_safe(base.model)  # where bitsandbytes quantized it: its CPU path has faults on some processors
     base.model.eval()
     if not quiet and name != "tiny":
         print(base)

@@ -111,11 +111,12 @@ def test_the_librarys_attach_passes_as_the_students():
     from pefttools.lora import LoRAConfig
 
     class Config(LoRAConfig):
-        def build(self, base, generator=None):
+        def build(self, base, generator=None, name="default"):
             layer = chapter.Wrapped(base)
             layer.base_layer, layer.enabled, layer.merged = base, True, False
-            layer.adapter_parameters = lambda: {"A": layer.A, "B": layer.B}
-            layer.merge = layer.unmerge = lambda: None
+            layer.names, layer.active = [name], {name: 1.0}
+            layer.adapter_parameters = lambda name=None: {"A": layer.A, "B": layer.B}
+            layer.merge = layer.unmerge = layer.restore_base = lambda: None
             return layer
 
     def through_attach(model, targets, wrap):
