@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -63,6 +64,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str | None =
         fields |= {"target_modules": _targets_for_peft(model, config, note.layers[name]),
                    "layers_to_transform": _layers_for_peft(config)}
     fields |= config.to_peft()
+    if "fan_in_fan_out" in fields:     # GPT-2's Conv1D stores [d_in, d_out]; peft warns where this does not say so
+        fields["fan_in_fan_out"] = any(type(getattr(layer, "base_layer", None)).__name__ == "Conv1D"
+                                       for _, layer in adapter_layers(model))
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -127,7 +131,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     """
     folder = Path(folder)
     config = _config_of(read_fields(folder), folder / CONFIG)
-    tensors = read_weights(folder)
+    tensors = _without_base(model, read_weights(folder))
 
     here = any(True for _ in adapter_layers(model)) and name in attached(model).configs
     if here:
@@ -166,6 +170,15 @@ def _config_of(fields: dict[str, Any], path: Path) -> Any:
         raise ValueError(f"load_adapter: {path} uses what this library does not have: {', '.join(refused)}. "
                          f"Load it with peft.PeftModel.from_pretrained.")
     return config
+
+
+def _without_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """peft saves an embedding beside the adapter on it. Left out where it is the model's own; else it is reported."""
+    own = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters(
+        remove_duplicate=False)}
+    return {key: tensor for key, tensor in tensors.items()
+            if (base := own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))) is None
+            or base.shape != tensor.shape or not torch.equal(base.detach().cpu(), tensor.to(base.dtype))}
 
 
 def _check_same_settings(model: nn.Module, config: Any, name: str, folder: Path) -> None:

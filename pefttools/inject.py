@@ -77,6 +77,8 @@ def attach(model: nn.Module, config: AdapterConfig | WholeModelConfig, seed: int
     flags = {target: parameter.requires_grad for target, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(seed)
     targets = {} if isinstance(config, WholeModelConfig) else find_targets(model, config, strict)
+    if getattr(config, "changes_base", False):
+        _check_not_tied(model, targets, "attach", "the start changes the weight, and with it")
     new, extended = {}, []
     try:
         if isinstance(config, WholeModelConfig):
@@ -94,8 +96,6 @@ def attach(model: nn.Module, config: AdapterConfig | WholeModelConfig, seed: int
     except BaseException:
         for layer in extended:
             layer.remove(name)
-        for layer in new.values():
-            layer.restore_base()
         for layer in new.values():
             layer.restore_base()                       # a start such as PiSSA's has changed the weight
         set_flags(model, flags)
@@ -187,16 +187,11 @@ def merge(model: nn.Module) -> nn.Module:
     then as it was.
     """
     layers = list(_layers_of(model, "merge"))
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
     for name, layer in layers:
         if not layer.enabled:
             raise ValueError(f"merge: the adapter of {name!r} is disabled. Merge outside of `with disabled(model)`.")
-        weight = getattr(getattr(layer, "base_layer", None), "weight", None)
-        if len(shared := owners.get(id(weight), [])) > 1:
-            raise ValueError(f"merge: {' and '.join(shared)} are one tied tensor, and merging into one would change "
-                             f"the other. Leave {name.rsplit('.', 1)[-1]!r} out of target_modules, or untie the weights.")
+    _check_not_tied(model, {name: getattr(layer, "base_layer", None) for name, layer in layers}, "merge",
+                    "merging into one would change")
     done = []
     for name, layer in layers:
         try:
@@ -209,6 +204,16 @@ def merge(model: nn.Module) -> nn.Module:
         if fresh:
             done.append(layer)
     return model
+
+
+def _check_not_tied(model: nn.Module, layers: dict[str, Any], who: str, why: str) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    for name, layer in layers.items():
+        if len(shared := owners.get(id(getattr(layer, "weight", None)), [])) > 1:
+            raise ValueError(f"{who}: {' and '.join(shared)} are one tied tensor, and {why} the other. Leave "
+                             f"{name.rsplit('.', 1)[-1]!r} out of target_modules, or untie the weights.")
 
 
 def unmerge(model: nn.Module) -> nn.Module:

@@ -78,6 +78,15 @@ class LoRAConfig:
         """α/r, or α/√r with rslora."""
         return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start puts a residual in the place of the base weight (PiSSA, OLoRA, LoftQ)."""
+        if self.init is True:
+            return False
+        from pefttools.lora_init import changes_base
+
+        return changes_base(self.init)
+
     def default_targets(self, model: nn.Module) -> list[str] | str:
         """What peft takes for this family of models. Raises ValueError for one that it does not know."""
         found = DEFAULT_TARGETS.get(getattr(getattr(model, "config", None), "model_type", None))

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from pefttools.nf4 import NF4Tensor
+from pefttools.nf4_linear import NF4Linear, nf4_linear, nf4_linear_back
 from pefttools.targets import is_linear
 
 PIECE = 2**18  # numbers: 1 MiB in float32, in the cache, and too small for malloc to fetch fresh pages from the system
@@ -40,18 +42,27 @@ def add_update(result: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) ->
 
 
 def linear_with_update(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """add_update(base(x), x, A, B, scale), all in one node where calling the base does nothing but multiply.
+    """add_update(base(x), x, A, B, scale), all in one node where calling the base does nothing but multiply."""
+    weight = None if _is_rewritten() else _frozen_weight(base, x)
+    if weight is None:
+        return add_update(base(x), x, A, B, scale)
+    return _Update.apply(None, x, weight, base.bias, A, B, scale)
 
-    That is where it is exactly an nn.Linear (or GPT-2's Conv1D, whose weight is [d_in, d_out]), frozen, and nobody
-    listens to it by a hook.
-    """
-    if (type(base) is nn.Linear or type(base).__name__ == "Conv1D" and is_linear(base)) and not _is_rewritten():
-        weight, bias = base.weight, base.bias
-        if not (weight.requires_grad or bias is not None and bias.requires_grad or "forward" in vars(base)
-                or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-                or nn.modules.module._has_any_global_hook()):
-            return _Update.apply(None, x, weight if type(base) is nn.Linear else weight.t(), bias, A, B, scale)
-    return add_update(base(x), x, A, B, scale)
+
+def _frozen_weight(base: nn.Module, x: Tensor) -> Tensor | NF4Tensor | None:
+    """The [d_out, d_in] by which `base` multiplies x, if that and its bias are all it does: a plain nn.Linear, Conv1D
+    (whose weight is [d_in, d_out]) or NF4Linear, frozen, and nobody listens to it by a hook. Else None."""
+    if not (type(base) in (nn.Linear, NF4Linear) or type(base).__name__ == "Conv1D" and is_linear(base)):
+        return None
+    bias = base.bias
+    if (base.weight.requires_grad or bias is not None and bias.requires_grad or "forward" in vars(base)
+            or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+            or nn.modules.module._has_any_global_hook()):
+        return None
+    if type(base) is NF4Linear:
+        casts = base.compute_dtype not in (None, x.dtype) or bias is not None and bias.dtype != x.dtype
+        return None if casts else base.quantized
+    return base.weight if type(base) is nn.Linear else base.weight.t()
 
 
 def _is_rewritten() -> bool:
@@ -61,12 +72,14 @@ def _is_rewritten() -> bool:
 
 
 class _Update(torch.autograd.Function):
-    """Of `result`, or where that is None of x Wᵀ + b."""
+    """Of `result`, or where that is None of x Wᵀ + b, where W is a tensor or quantized (then dequantized twice)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, result: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    def forward(ctx: FunctionCtx, result: Tensor | None, x: Tensor, weight: Tensor | NF4Tensor | None, bias: Tensor | None,
                 A: Tensor, B: Tensor, scale: float) -> Tensor:
-        y = F.linear(x, weight, bias).contiguous() if result is None else \
+        q = weight if isinstance(weight, NF4Tensor) else None
+        multiply = F.linear if q is None else nf4_linear
+        y = multiply(x, weight, bias).contiguous() if result is None else \
             result.clone(memory_format=torch.contiguous_format)
         # Times a power of two rounds nothing, so that it does not matter to the bits when it is done.
         exact = math.frexp(scale)[0] in (0.5, -0.5) and A.dtype in (torch.float32, torch.float64)
@@ -80,8 +93,8 @@ class _Update(torch.autograd.Function):
                 total.add_((z[-1] @ B.t()).mul_(scale))
             if dtype != y.dtype:
                 some_y.copy_(total)
-        ctx.save_for_backward(x, weight, A, B, _joined(z))
-        ctx.scale = scale
+        ctx.save_for_backward(x, weight if q is None else None, A, B, _joined(z))
+        ctx.scale, ctx.q = scale, q
         return y
 
     @staticmethod
@@ -91,7 +104,10 @@ class _Update(torch.autograd.Function):
         rows, g_rows = x.reshape(-1, A.shape[1]), g.reshape(-1, B.shape[0])
         if torch.is_grad_enabled():                     # to be differentiated again: z is a function of x and A
             z = rows.to(A.dtype) @ A.t()
-        dx = g_rows @ weight if wants_x and weight is not None else torch.zeros_like(rows) if wants_x else rows
+        dx = rows                                       # or, where it is wanted, what is added to below:
+        if wants_x:
+            dx = nf4_linear_back(g_rows, ctx.q) if ctx.q is not None else torch.zeros_like(rows) if weight is None \
+                else g_rows @ weight
         dA = dB = None
         scaled = (B * ctx.scale).t()                    # [r, d_out]
         for some_x, some_g, some_z, some_dx in _pieces(rows, g_rows, z, dx):

@@ -354,3 +354,36 @@ def test_into_a_model_with_another_or_a_merged_adapter(folder):
     refuses(folder, ValueError, "missing from the file",
             attach(llama(), LoRAConfig(r=4, alpha=12, target_modules=["k_proj", "q_proj"])))
     refuses(folder, ValueError, r"is merged into this model. Call unmerge\(model\)", merge(trained()))
+
+
+# ------------------------------------------------------------------------------------------------ beyond linear layers
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_embedding_that_peft_saved_beside_its_adapter(changed, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(llama(), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"))
+    if changed:
+        with torch.no_grad():
+            theirs.get_input_embeddings().base_layer.weight.add_(1)
+    theirs.eval().save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("embed_tokens" in key and "lora" not in key for key in load_file(tmp_path / WEIGHTS))
+    if changed:      # it was trained or resized: leaving it out would be another model
+        refuses(tmp_path, ValueError, "without a place in the model: base_model.model.model.embed_tokens")
+    else:
+        torch.testing.assert_close(logits(load_adapter(llama(), tmp_path)), logits(theirs), **CLOSE)
+
+
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
+def test_peft_is_told_of_conv1d(small_model, small_inputs, tmp_path):
+    from peft import PeftModel
+
+    model = attach(small_model("gpt2"), LoRAConfig(r=4, target_modules=["c_attn"]))
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter += 0.1
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(small_model("gpt2"), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**small_inputs("gpt2")).logits, model(**small_inputs("gpt2")).logits, **CLOSE)

@@ -39,7 +39,14 @@ T4 = {
     "cuda_build": "13.0",
     "nvidia": True,
 }
-GOOD = {"version": "0.50.2", "device": "cpu", "error_256": 0.0919, "error_96": 0.0921, "gradient_after_eval": True}
+GOOD = {
+    "version": "0.50.2",
+    "device": "cpu",
+    "error_256": 0.0919,
+    "error_96": 0.0921,
+    "gradient_after_eval": True,
+    "eval_difference": 0.0,
+}
 
 
 def by_check(rows: list[Row]) -> dict[str, Row]:
@@ -57,7 +64,7 @@ def test_the_real_thing_here(monkeypatch):
         "disk",
         "packages",
         "kernel",
-        "bubblewrap",
+        "sandbox",
         "bundled model",
         "bundled data",
         "model hub",
@@ -154,11 +161,32 @@ def test_faults_of_bitsandbytes_are_named():
         return by_check(bitsandbytes_rows({"torch": CPU, "bitsandbytes": {**GOOD, **changes}}, "done"))
 
     assert list(rows()) == ["bitsandbytes"] and rows()["bitsandbytes"].status == "ok"
-    assert "support_avx512bf16_for_cpu = False" in rows(gradient_after_eval=False)["4-bit training"].todo
-    assert "multiple of 64" in rows(error_96=0.28)["4-bit widths"].found
+    lost = rows(gradient_after_eval=False)
+    assert list(lost) == ["bitsandbytes", "4-bit training"] and "make_safe" in lost["4-bit training"].todo
+    assert "support_avx512bf16_for_cpu = False" in lost["4-bit training"].todo
+    rounded = rows(eval_difference=0.0029)
+    assert list(rounded) == ["bitsandbytes", "4-bit eval"] and "difference 0.003;" in rounded["4-bit eval"].found
+    assert list(rows(eval_difference=3e-7)) == ["bitsandbytes"]  # float32 on two paths
+    wide = rows(error_96=0.28)
+    assert list(wide) == ["bitsandbytes", "4-bit widths"] and "not of 64" in wide["4-bit widths"].found
+    assert all("AVX-512" in row.found for some in (lost, rounded, wide) for row in list(some.values())[1:])
     assert rows(error_256=float("nan"))["bitsandbytes"].status == "problem"
     [row] = bitsandbytes_rows({"torch": CPU, "bitsandbytes": {"error": "ModuleNotFoundError: no"}}, "done")
     assert row.status == "problem" and not row.stops
+
+
+def test_the_doctor_measures_what_find_faults_measures():
+    from pefttools.bnb import find_faults
+
+    faults, found = find_faults(), device.find_bitsandbytes()
+    if found["device"] != "cpu":
+        pytest.skip("the faults are on the CPU path, and here it measures a GPU")
+    assert 0.08 < found["error_256"] < 0.12
+    assert found["gradient_after_eval"] is not faults.gradients_lost
+    rows = by_check(bitsandbytes_rows({"torch": CPU, "bitsandbytes": found}, "done"))
+    assert ("4-bit training" in rows) == faults.gradients_lost
+    assert ("4-bit eval" in rows) == faults.eval_in_bf16
+    assert ("4-bit widths" in rows) == faults.widths_wrong
 
 
 def test_hub_answers(monkeypatch):
@@ -299,26 +327,33 @@ def test_machines(monkeypatch):
     assert on(cores=1)["cores, memory"].status == "note"
 
 
-def test_bubblewrap(monkeypatch, tmp_path):
-    def found(script: str | None, system: str = "Linux") -> Row:
+def test_sandbox(monkeypatch, tmp_path):
+    from pefttools.grading import sandbox, syscalls
+
+    def found(script: str | None, system: str = "Linux", filtered: str = "") -> Row:
         program = None
         if script is not None:
             program = tmp_path / "bwrap"
             program.write_text(f"#!/bin/sh\n{script}\n")
             program.chmod(0o755)
         monkeypatch.setattr(platform, "system", lambda: system)
-        monkeypatch.setattr(machine.shutil, "which", lambda _: program and str(program))
-        return machine.bubblewrap_rows()[0]
+        monkeypatch.setattr(sandbox.shutil, "which", lambda _: program and str(program))
+        monkeypatch.setattr(syscalls, "status", lambda: filtered)
+        try:
+            return machine.sandbox_rows()[0]
+        finally:
+            sandbox.available.cache_clear()
 
-    assert "apt install bubblewrap" in found(None).todo
-    assert found("exit 0").status == "ok"
-    row = found("echo 'bwrap: No permissions to create new namespace' >&2; exit 1")
-    assert row.status == "note" and "No permissions" in row.found and "user namespaces" in row.todo
+    if sys.platform == "linux":
+        assert "apt install bubblewrap" in found(None).todo
+        assert found("echo inside").status == "ok"
+        row = found("echo inside", filtered="System calls are not filtered (no pyseccomp): pip install pyseccomp.")
+        assert row.status == "note" and "not filtered" in row.found and "pip install" in row.todo
+        row = found("echo 'bwrap: No permissions to create new namespace' >&2; exit 1")
+        assert row.status == "note" and "No permissions" in row.found and "user namespaces" in row.todo
+        assert "too old" in found("echo 'bwrap: Unknown option --disable-userns' >&2; exit 1").found
+        assert found("exit 3").status == "note"
     assert "not on Darwin" in found(None, "Darwin").found
-    monkeypatch.setattr(
-        machine.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(subprocess.TimeoutExpired("bwrap", 5))
-    )
-    assert "does not run" in found("exit 0").found
 
 
 def test_a_foreign_kernel_is_noticed(monkeypatch):

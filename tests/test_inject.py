@@ -472,3 +472,12 @@ def test_a_block_and_a_layer_inside_it():
     assert count_parameters(model)[0] == 6 and len(adapter_parameters(model)) == 12
     detach(model)
     assert same(before, fingerprint(model)) and torch.equal(logits(model), first)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changes_the_weight_refuses_a_tied_one(init):
+    model = llama(tied=True)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="attach: model.embed_tokens.weight and lm_head.weight are one tied tensor"):
+        attach(model, LoRAConfig(r=4, target_modules=["q_proj", "lm_head"], init=init))
+    assert same(before, fingerprint(model))
