@@ -29,7 +29,8 @@ def in_chunks(kernel: Any, *tensors: Tensor) -> None:
     """kernel(*rows, scratch) for all rows of the tensors, a chunk at a time, in one stretch for each thread."""
     blocks, size = tensors[0].shape
     rows = max(1, kernel.chunk(tensors[0], CHUNK) // size)
-    threads = min(torch.get_num_threads(), 2 * blocks * size // CHUNK) or 1
+    own = getattr(kernel, "own_threads", False) and rows >= blocks      # it has threads of its own, and needs no chunks
+    threads = 1 if own else min(torch.get_num_threads(), 2 * blocks * size // CHUNK) or 1
     stretch = math.ceil(blocks / threads)
 
     def work(start: int) -> None:
@@ -70,6 +71,11 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return pool
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def new(shape: int | tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """torch.empty, whatever torch's default dtype and device are set to."""
     return torch.empty(shape, dtype=dtype, device="cpu")
@@ -84,5 +90,5 @@ def empty(shape: torch.Size, **kind: Any) -> Tensor:
     out = torch.empty(shape, **kind)
     if sys.platform == "linux" and out.nbytes >= 1 << 22:
         start, end = -(-out.data_ptr() // 4096) * 4096, (out.data_ptr() + out.nbytes) // 4096 * 4096
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
     return out                                             # a refusal changes nothing but the time

@@ -121,21 +121,26 @@ static inline void decode_block(const uint8_t *packed, float absmax, const float
 
 #define KERNELS(dtype, bf16, bytes) \
 void encode_##dtype(uint8_t *packed, float *absmax, const char *x, const float *bounds, const int32_t *order, \
-                    long blocks, long size) { \
-    for (long n = 0; n < blocks; n++, x += size * bytes, packed += size / 2) { \
-        absmax[n] = largest(x, size, bf16); \
-        encode_block(x, bounds, order, packed, 1.0f / (absmax[n] < 1e-38f ? 1e-38f : absmax[n]), size, bf16); \
+                    long blocks, long size, int threads) { \
+    _Pragma("omp parallel for num_threads(threads) if(threads > 1)") \
+    for (long n = 0; n < blocks; n++) { \
+        const char *own = x + n * size * bytes; \
+        absmax[n] = largest(own, size, bf16); \
+        encode_block(own, bounds, order, packed + n * size / 2, 1.0f / (absmax[n] < 1e-38f ? 1e-38f : absmax[n]), \
+                     size, bf16); \
     } \
 } \
 void decode_##dtype(const uint8_t *packed, const float *absmax, char *out, const float *code, long blocks, \
-                    long size) { \
-    for (long n = 0; n < blocks; n++, out += size * bytes, packed += size / 2) \
-        decode_block(packed, absmax[n], code, out, size, bf16); \
+                    long size, int threads) { \
+    _Pragma("omp parallel for num_threads(threads) if(threads > 1)") \
+    for (long n = 0; n < blocks; n++) \
+        decode_block(packed + n * size / 2, absmax[n], code, out + n * size * bytes, size, bf16); \
 }
 KERNELS(float32, 0, 4)
 KERNELS(bfloat16, 1, 2)
 """
 NATIVE = (torch.float32, torch.bfloat16)       # what C reads and writes; another dtype goes through float32
+THREAD = 1 << 16                               # weights that are worth another thread: some 10 microseconds of work
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")          # no fused multiply-add: the same bits as torch
 
 
@@ -149,7 +154,8 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder, "nf4.c"), Path(folder, "nf4.so")
         source.write_text(SOURCE)
-        for flags in (("-march=native", *FLAGS), FLAGS):                   # not every clang knows the first
+        # Not every clang knows the first, and Apple's not OpenMP; without it the work is done on one thread.
+        for flags in (("-march=native", "-fopenmp", *FLAGS), ("-march=native", *FLAGS), FLAGS):
             try:
                 subprocess.run([*compiler.split(), *flags, str(source), "-o", str(built)], check=True,
                                capture_output=True, text=True)
@@ -184,11 +190,14 @@ def _call(name: str, packed: Tensor, absmax: Tensor, weights: Tensor, *tables: T
     function = getattr(library(), name)
     function.restype = None
     function(*(ctypes.c_void_p(t.data_ptr()) for t in (packed, absmax, weights, *tables)),
-             *(ctypes.c_long(size) for size in weights.shape))
+             *(ctypes.c_long(size) for size in weights.shape),
+             ctypes.c_int(min(torch.get_num_threads(), weights.numel() // THREAD)))
 
 
 class _Kernel:
     """What both have in common."""
+
+    own_threads = True                         # OpenMP's, of which torch.get_num_threads() says how many
 
     @staticmethod
     def chunk(weights: Tensor, otherwise: int) -> int:
