@@ -25,7 +25,7 @@ from pefttools.nf4 import NF4Tensor
 from pefttools.nf4_linear import NF4Linear, nf4_linear, nf4_linear_back
 from pefttools.targets import is_linear
 
-PIECE = 2**18  # numbers: 1 MiB in float32, in the cache, and too small for malloc to fetch fresh pages from the system
+PIECE = 2**18  # numbers a thread: 1 MiB in float32, in the cache, and too small for malloc to fetch fresh pages
 
 
 def plain_update(result: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -129,7 +129,8 @@ def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     Nearly equal pieces, since one of a single row would be multiplied by another kernel, whose last bit may differ.
     """
     x, y, *_ = tensors                                  # [rows, d_in], [rows, d_out], and others as narrow as these
-    count = math.ceil(x.shape[0] * max(x.shape[1], y.shape[1]) / PIECE) if x.device.type == "cpu" else 1
+    numbers, room = x.shape[0] * max(x.shape[1], y.shape[1]), PIECE * torch.get_num_threads()
+    count = math.ceil(numbers / room) if x.device.type == "cpu" else 1
     return list(zip(*[t.tensor_split(count) for t in tensors])) if count > 1 else [tensors]
 
 

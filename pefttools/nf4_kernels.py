@@ -127,11 +127,17 @@ class _Decoder:
         return otherwise
 
     def scratch(self, out: Tensor, packed: Tensor, absmax: Tensor) -> tuple[Tensor, ...]:
-        pairs = new(packed.numel(), torch.float64)
-        return new(packed.shape, torch.int32), pairs, pairs.view(torch.float32).view(out.shape)
+        pairs = new(packed.numel() if out.dtype != torch.float32 else 0, torch.float64)
+        return new(packed.shape, torch.int32), pairs
 
     def __call__(self, out: Tensor, packed: Tensor, absmax: Tensor, scratch: tuple[Tensor, ...]) -> None:
-        index, pairs, values = scratch
+        index, pairs = scratch
+        values = out
+        if out.dtype == torch.float32 and out.data_ptr() % 8 == 0:      # straight to where they belong
+            pairs = out.view(-1).view(torch.float64)
+        else:
+            pairs = pairs if len(pairs) else new(packed.numel(), torch.float64)
+            values = pairs.view(torch.float32).view(out.shape)
         torch.index_select(self.table, 0, index.copy_(packed).view(-1), out=pairs)
         torch.mul(values, absmax, out=out)
 
