@@ -83,13 +83,33 @@ def make_parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--execute", action="store_true", help="also run the instructors' notebooks (minutes)")
 
-    grade = command("grade", run_grade, "grade a folder of submitted notebooks")
-    grade.add_argument("folder", type=Path, metavar="FOLDER")
+    grade = command(
+        "grade",
+        run_grade,
+        "grade a class: submitted code runs in a sandbox, verdicts are made outside of it",
+        epilog="Killed or stopped, the same command goes on. What has not changed since it was graded is not run again.",
+    )
+    grade.add_argument(
+        "what",
+        metavar="FOLDER|CHAPTER",
+        help="a folder or a learning platform's zip of hand-ins, or a chapter, whose hand-ins nbgrader collected",
+    )
     grade.add_argument("--chapter", help="such as 02_lora; only this one")
     grade.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where gradebook, grades.csv and feedback go (default: grading/)"
     )
     grade.add_argument("--force", action="store_true", help="also grade again what has not changed")
+    grade.add_argument("--workers", type=int, metavar="N", help="hand-ins at a time (default: one for each core)")
+    grade.add_argument("--scheduler", metavar="tcp://...", help="judge on the workers of this Dask cluster")
+    seeds = grade.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, help="for the exercises' inputs (default: the one kept in the folder)")
+    seeds.add_argument("--new-seed", action="store_true", help="draw another one; everybody is graded again")
+    grade.add_argument("--db", metavar="URL", help="the gradebook as SQLAlchemy names it (default: nbgrader_config.py's)")
+    grade.add_argument(
+        "--unsafe-no-sandbox",
+        action="store_true",
+        help="run submitted code as you, with your files and your network; every report says so",
+    )
 
     data = command("data", run_data, "show rows of the bundled data set, or write it out as JSON Lines")
     data.add_argument("--split", default="train", help="train, held_out or new_kinds (default: %(default)s)")
@@ -183,11 +203,24 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_grade(args: argparse.Namespace) -> int:
-    if not args.folder.is_dir():
-        raise ValueError(f"FOLDER={str(args.folder)!r} is not a folder; name the one that holds the submissions")
+    folder, chapter = Path(args.what), args.chapter
+    if not folder.exists():
+        from pefttools.grading.build import find_root, sources
+
+        root = find_root()
+        names = {name for path in sources(root) for name in (path.stem, path.stem[3:], path.stem[:2])}
+        if args.what not in names:
+            raise ValueError(
+                f"FOLDER|CHAPTER={args.what!r} is not a folder and not a chapter; name the folder that holds the "
+                f"submissions, or one of {', '.join(path.stem for path in sources(root))}"
+            )
+        folder, chapter = None, args.what
     from pefttools.grading.grade import grade
 
-    grade(args.folder, chapter=args.chapter, out=args.out, force=args.force)
+    grade(
+        folder, chapter, args.out, force=args.force, workers=args.workers, scheduler=args.scheduler, seed=args.seed,
+        new_seed=args.new_seed, db=args.db, sandbox=not args.unsafe_no_sandbox,
+    )
     return 0
 
 

@@ -21,7 +21,7 @@ PROBE_SECONDS = 12.0  # torch and bitsandbytes: 3 s with their files in the cach
 CHECKS: list[tuple[str, Callable[[], list[Row]]]] = [
     ("Python", machine.python_rows), ("machine", machine.machine_rows), ("disk", machine.disk_rows),
     ("packages", packages.package_rows), ("kernel", packages.kernel_rows), ("widgets", packages.widget_rows),
-    ("bubblewrap", machine.bubblewrap_rows), ("bundled model", bundle.model_rows), ("bundled data", bundle.data_rows),
+    ("sandbox", machine.sandbox_rows), ("bundled model", bundle.model_rows), ("bundled data", bundle.data_rows),
 ]
 
 

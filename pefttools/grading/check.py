@@ -84,7 +84,7 @@ def _unfit(exercise: Exercise, work: Any) -> str | None:
             f"The check wants your {thing} itself; it was given {type_name(work)}. "
             f"Write the name of the {thing} without brackets after it."
         )
-    if exercise.accepts == "folder" and not isinstance(work, (str, os.PathLike)):
+    if exercise.accepts in ("folder", "artefact") and not isinstance(work, (str, os.PathLike)):
         return f"The check wants the path of your folder; it was given {type_name(work)}."
     return None
 

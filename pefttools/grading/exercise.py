@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 CHAPTER = re.compile(r"[0-9]{2}_[a-z0-9_]+")
 LAZY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-ACCEPTS = ("function", "class", "value", "folder")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+ACCEPTS = ("function", "class", "value", "folder", "artefact")
 STARS = {1: "●○○", 2: "●●○", 3: "●●●"}
 
 
@@ -46,6 +47,14 @@ class Exercise:
 
     `reference`, and the works in `mistakes` and `alternatives`, have the calling form of the student's work. Each may
     be given as "package.module:name" and is then imported only when it is needed.
+
+    `reading(data, case)` makes the leaves out of what the probe gave, where they are properties ("A is random", "B is
+    zero") rather than values: in grading the probe runs in the student's process, which could state any property, and
+    the reading in the grader's. So such a probe gives the values, and the reading looks at them.
+
+    A work that is an "artefact" is the path of a folder of files that the student's code wrote. In grading only the
+    files named in `files` leave the student's process, and the probe, which gets a folder with copies of them, runs in
+    another one, where the student's code never was.
 
     Random numbers: before every probe torch's and Python's generators are set to the same seed for every work, and put
     back afterwards. Still, a leaf should not be a random number of the work's own choosing: name what must hold of it
@@ -67,6 +76,8 @@ class Exercise:
     atol: float = 1e-6
     accepts: str = "function"
     hides: tuple[str, ...] = ()
+    reading: Callable[[Any, dict], Any] | None = None
+    files: tuple[str, ...] = ()
 
     # A question must not show the expected letter beside the given one; and it explains why the right one is right.
     reveals = True
@@ -135,6 +146,12 @@ class Exercise:
             self.hides,
             'a tuple of module names, such as ("pefttools.lora", "peft")',
         )
+
+        _want(self.reading is None or callable(self.reading), where, "reading", self.reading, "a function, or None")
+        plain_names = isinstance(self.files, tuple) and all(
+            isinstance(name, str) and FILE.fullmatch(name) is not None for name in self.files)
+        _want(plain_names and bool(self.files) == (self.accepts == "artefact"), where, "files", self.files,
+              'a tuple of file names, such as ("adapter_model.safetensors",), for an artefact, and empty for all else')
 
     @property
     def stars(self) -> str:

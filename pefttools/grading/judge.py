@@ -18,6 +18,7 @@ from pefttools.grading.compare import Difference, compare, differences
 from pefttools.grading.exercise import Exercise, ExerciseError
 from pefttools.grading.plain import NotPlain, plain
 from pefttools.grading.probe import Outcome, Raised, probe_all
+from pefttools.grading.room import settled
 from pefttools.grading.verdict import Verdict
 from pefttools.grading.words import describe_case
 
@@ -38,8 +39,9 @@ def judge(exercise: Exercise, outcomes: list[Outcome], cases: list[dict], seed: 
     def answers(kind: str, name: str = "") -> list[Outcome]:
         if seed is not None:
             return list(_answers(exercise, kind, name, seed))
-        return probe_all(exercise, _work(exercise, kind, name), cases)
+        return _read(exercise, probe_all(exercise, _work(exercise, kind, name), cases), cases)
 
+    outcomes = _read(exercise, outcomes, cases)
     total = len(cases)
     expected = answers("reference")
     for number, outcome in enumerate(expected):
@@ -129,7 +131,29 @@ def _work(exercise: Exercise, kind: str, name: str) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _answers(exercise: Exercise, kind: str, name: str, seed: int) -> tuple[Outcome, ...]:
-    return tuple(probe_all(exercise, _work(exercise, kind, name), exercise.cases(seed)))
+    cases = exercise.cases(seed)
+    return tuple(_read(exercise, probe_all(exercise, _work(exercise, kind, name), cases), cases))
+
+
+def _read(exercise: Exercise, outcomes: list[Outcome], cases: list[dict]) -> list[Outcome]:
+    """The outcomes with `exercise.reading` of their data. It may be given anything: what it raises is the outcome."""
+    if exercise.reading is None:
+        return outcomes
+    found = []
+    for outcome, case in zip(outcomes, cases):
+        if outcome.raised is None and not _blank(outcome.data):
+            try:
+                with settled(0):
+                    outcome = Outcome(plain(exercise.reading(outcome.data, case)), None, outcome.printed)
+            except Exception as error:
+                outcome = Outcome(None, Raised(type(error).__name__, str(error)[:600]), outcome.printed)
+        found.append(outcome)
+    return found
+
+
+def prepare(exercise: Exercise, seed: int) -> None:
+    """Compute what `judge` will compare with on this seed, so that it is there when the work's answers come."""
+    _answers(exercise, "reference", "", seed)
 
 
 def _find_mistake(

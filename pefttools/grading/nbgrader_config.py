@@ -11,8 +11,9 @@ works as usual from that folder:
     cd grading && nbgrader export
     cd grading && jupyter lab --ServerApp.root_dir=..         Nbgrader ► Formgrader
 
-The seams for a sandbox and an out-of-process judge: `c.Autograde.autograde_preprocessors` begins with `Execute`, which
-a subclass can replace; check cells are recognised by `splice.check_name(cell)` (grade_id "check-" + exercise).
+`nbgrader autograde` grades one after the other, in the same sandbox and with the same judge and seed as `pefttools
+grade`: `JudgedExecute` stands where nbgrader has `Execute`. Limits: `c.JudgedExecute.limit = {"cell_seconds": 60}`.
+Another gradebook: `c.CourseDirectory.db_url = "postgresql+psycopg://…"`, any URL of SQLAlchemy's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ c = get_config()  # noqa: F821  (traitlets gives it)
 configure(c, root=root, out=Path(__file__).resolve().parent)
 """
 
-CELL_SECONDS = 600  # a cell that trains on a slow machine; nbgrader's default of 30 s would fail honest work
+JUDGED = "pefttools.grading.judged.JudgedExecute"
+CELL_SECONDS = 600  # where somebody puts nbgrader's own Execute back: a cell that trains on a slow machine; nbgrader's default of 30 s would fail honest work
 KERNEL_ARGUMENTS = ["--HistoryManager.hist_file=:memory:", "--Application.log_level=40"]  # no word about TCP per kernel
 
 
@@ -61,7 +63,16 @@ def configure(c: Any, root: str | Path, out: str | Path) -> Any:
     names = [f"{p.__module__}.{p.__name__}" for p in PREPROCESSORS]
     c.GenerateAssignment.preprocessors = [*names, "nbgrader.preprocessors.SaveCells"]
 
-    # Grading. Anything on stderr in a check cell costs all of its points in stock nbgrader, and every library writes
+    # Grading. Submitted code runs in a sandbox and is judged outside; all else is nbgrader's.
+    names = ("IgnorePattern", "LimitOutput", "SaveAutoGrades", "AssignLatePenalties", "CheckCellMetadata")
+    c.Autograde.autograde_preprocessors = [JUDGED, *(f"nbgrader.preprocessors.{name}" for name in names)]
+    c.GenerateFeedback.exporter_class = "pefttools.grading.feedback.FeedbackExporter"
+    c.JudgedExecute.secret = [str(out), str(root / "solutions")]
+    try:
+        c.JudgedExecute.seed = int((out / "seed").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pass  # each hand-in draws its own, and says which
+    # Where stock Execute is put back: anything on stderr in a check cell costs all of its points, and every library writes
     # there (progress bars, warnings): it is dropped before scores are read. Errors are another kind of output and stay.
     c.IgnorePattern.enabled = True
     c.IgnorePattern.pattern = r"[\s\S]*"

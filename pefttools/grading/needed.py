@@ -8,7 +8,10 @@
 
 Demonstrations, training and widgets cost minutes and give no points. A statement of the chapter's own is run if it
 binds a name that code run after it reads, or changes an object so bound (`model.eval()`, `rows[0] = …`). A cell with
-the tag "needed" is run whole.
+the tag "needed" is run whole, one with the tag "gpu" never.
+
+Answers are a stranger's text: it is parsed, never run, and what cannot be parsed needs nothing. Where somebody grades
+with plain nbgrader, without the splice, the chapter's own cells may be a stranger's too.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ from __future__ import annotations
 import ast
 import re
 import symtable
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from pefttools.grading.splice import answer_names, cell_source, check_name
-from pefttools.grading.stage import bound
+from pefttools.grading.stage import MAGIC, bound, own_scope
 
+LONG = 50_000  # characters; in a longer answer, what it reads before it binds it is not looked for: it would take seconds
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 WORD = re.compile(r"[^\W\d]\w*")
-MAGIC = re.compile(r"^\s*[%!]")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def plan(notebook: Any) -> list[Step]:
         if cell.get("cell_type") != "code":
             continue
         source = cell_source(cell) or ""
+        tags = cell.get("metadata", {}).get("tags", [])
         name = cell.get("metadata", {}).get("nbgrader", {}).get("grade_id", "")
         if check_name(cell):
             before, work = work_of(source)
@@ -55,17 +61,20 @@ def plan(notebook: Any) -> list[Step]:
         elif name in answers:
             wanted |= names_of(source)
             steps.append(Step(index, "answer", source, name))
-        elif kept := _kept(source, wanted, "needed" in cell.get("metadata", {}).get("tags", [])):
-            wanted |= needs(ast.parse(kept))
+        elif "gpu" not in tags and (kept := _kept(source, wanted, "needed" in tags)):
+            wanted |= names_of(kept)
             steps.append(Step(index, "demonstration", kept))
     return steps[::-1]
 
 
 def work_of(source: str) -> tuple[str, str]:
     """A check cell's statements before the check, and what it checks: `check("name", WORK)` → ("…", "WORK")."""
-    body = ast.parse(source).body
-    call = body[-1].value                # the builder refuses a check cell that does not end in check("name", …)
-    work = call.args[1] if len(call.args) > 1 else next(word.value for word in call.keywords if word.arg == "work")
+    try:
+        body = ast.parse(source).body
+        call = body[-1].value            # the builder refuses a check cell that does not end in check("name", …)
+        work = call.args[1] if len(call.args) > 1 else next(word.value for word in call.keywords if word.arg == "work")
+    except (*UNPARSABLE, AttributeError, IndexError, StopIteration):
+        return "", "None"                # no chapter of ours
     return ast.unparse(ast.Module(body[:-1], [])), ast.unparse(work)
 
 
@@ -75,8 +84,11 @@ def names_of(source: str) -> set[str]:
     Source that does not parse runs nothing and needs nothing, unless IPython's magics are why: then every word in it.
     """
     try:
-        top = symtable.symtable(source, "<cell>", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        with warnings.catch_warnings():  # of what is in the source
+            warnings.simplefilter("ignore")
+            top = symtable.symtable(source, "<cell>", "exec")
+            early = _read_first(ast.parse(source).body, set()) if len(source) < LONG else set()
+    except UNPARSABLE:
         return set(WORD.findall(source)) if any(MAGIC.match(line) for line in source.split("\n")) else set()
     found = {symbol.get_name() for symbol in top.get_symbols()
              if symbol.is_referenced() and not (symbol.is_assigned() or symbol.is_imported())}
@@ -87,36 +99,50 @@ def names_of(source: str) -> set[str]:
         todo += table.get_children()
         found |= {symbol.get_name() for symbol in table.get_symbols()
                   if symbol.is_global() and symbol.is_referenced() and symbol.get_name() not in here}
-    return found
+    return found | early & here  # a comprehension's own names are in neither
 
 
-def needs(node: ast.stmt | ast.Module) -> set[str]:
-    """`names_of` a statement of the chapter's own, and also what it both reads and binds, as in `x = x + 1`."""
-    body = node.body if isinstance(node, ast.Module) else [node]
-    found = names_of(ast.unparse(ast.Module(body, [])))
-    for each in body:
-        if isinstance(each, (ast.Assign, ast.AugAssign, ast.AnnAssign)) and each.value is not None:
-            found |= names_of(ast.unparse(ast.Expr(each.value)))
-            found |= {each.target.id} if isinstance(each, ast.AugAssign) and isinstance(each.target, ast.Name) else set()
+def _read_first(body: list[ast.stmt], known: set[str]) -> set[str]:
+    """Names that statements read before they bind them: `x = x + 1`. `known` is bound already, and grows."""
+    found: set[str] = set()
+    for node in body:
+        inner = [part for name in ("body", "orelse", "finalbody") for part in getattr(node, name, [])
+                 if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        inner += [part for handler in getattr(node, "handlers", []) for part in handler.body]
+        whole = node if not inner else ast.Module([part for part in ast.iter_child_nodes(node) if part not in inner], [])
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bare = [part for part in own_scope(whole) if isinstance(part, ast.Name)]
+            made = {part.id for part in bare if isinstance(part.ctx, ast.Store)} if inner else set()
+            found |= {part.id for part in bare if isinstance(part.ctx, ast.Load)} - known - made
+            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                found |= {node.target.id} - known
+        known |= bound(whole) if isinstance(whole, ast.stmt) else made
+        found |= _read_first(inner, known)
     return found
 
 
 def _kept(source: str, wanted: set[str], whole: bool) -> str:
     """Of one of the chapter's own cells, the statements that are needed, as source."""
     source = "\n".join(line for line in source.split("\n") if not MAGIC.match(line))
-    if whole:
-        return source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            body = ast.parse(source).body
+        return source if whole else _statements(body, set(wanted))
+    except UNPARSABLE:
+        return ""
+
+
+def _statements(body: list[ast.stmt], wanted: set[str]) -> str:
     kept: list[ast.stmt] = []
-    wanted = set(wanted)
-    made = {name for node in ast.parse(source).body if not isinstance(node, (ast.Import, ast.ImportFrom))
-            for name in bound(node)}
-    for node in reversed(ast.parse(source).body):
+    made = {name for node in body if not isinstance(node, (ast.Import, ast.ImportFrom)) for name in bound(node)}
+    for node in reversed(body):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             node = _import(node, wanted)
         elif not (bound(node) & wanted or _changes(node) & wanted & made):
             node = None
         if node is not None:
-            wanted |= needs(node)
+            wanted |= names_of(ast.unparse(node))
             kept.append(node)
     return ast.unparse(ast.Module(kept[::-1], []))
 

@@ -6,94 +6,40 @@
 
 Metadata, tags, outputs, extra cells and edited checks never arrive. An answer is recognised by nbgrader's `grade_id`,
 else by its cell id, else by its first line `# exercise: name`; that survives Colab, VS Code, old formats and copied
-cells. Grading runs every hand-in through this first, and the reader's own copies are carried into a new version of a
-chapter with it. Nothing here raises on what a submission contains: an unreadable file is a `BadSubmission`, the rest is
-repaired.
+cells. Cells that belong to an answer though nothing marks them (the lower half of a split cell; a new cell under a
+stub that defines what the stub asks for) are taken with it. Grading runs every hand-in through this first, and the
+reader's own copies are carried into a new version of a chapter with it. Nothing here raises on what a submission
+contains: an unreadable file is a `BadSubmission`, the rest is repaired.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-LIMIT = 50 * 2**20  # bytes; a chapter is some 60 kB, one with every figure in it a few MB
+from pefttools.grading.reading import CELLS_LIMIT, LIMIT, BadSubmission, cell_source, read_notebook
+
+__all__ = [
+    "CELLS_LIMIT",
+    "CELL_LIMIT",
+    "LIMIT",
+    "BadSubmission",
+    "answer_names",
+    "cell_source",
+    "check_name",
+    "identity",
+    "marked",
+    "read_notebook",
+    "splice",
+]
+
 CELL_LIMIT = 2**18  # characters of one answer: a long one has some thousands
-CELLS_LIMIT = 5_000
 
 MARKER = re.compile(r"\s*#+[ \t]*exercise[ \t]*:[ \t]*([A-Za-z0-9_-]+)", re.I)
-
-
-class BadSubmission(ValueError):
-    """A file from which no answers can be taken; the message is one sentence for the student and the instructor."""
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def read_notebook(path: str | Path, limit: int = LIMIT) -> dict[str, Any]:
-    """The notebook in a file as a dict with a list of cells, whatever its format version.
-
-    Tolerates a byte-order mark, UTF-16, and notebooks of format 3. Raises `BadSubmission` for what is no notebook.
-    """
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise BadSubmission(f"{path.name} is not a file." if path.exists() else f"{path.name} does not exist.")
-        size = path.stat().st_size
-        if size > limit:
-            raise BadSubmission(
-                f"{path.name} has {size / 2**20:.0f} MiB; the limit is {limit / 2**20:.0f} MiB. "
-                "Clear the outputs and hand it in again."
-            )
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise BadSubmission(f"{path.name} cannot be read: {error.strerror or error}.") from error
-    if not data.strip():
-        raise BadSubmission(f"{path.name} is empty.")
-    if data[:4] == b"PK\x03\x04":
-        raise BadSubmission(f"{path.name} is a zip archive, not a notebook; unpack it first.")
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        found = json.loads(data.decode(encoding, errors="replace"))
-    except RecursionError as error:
-        raise BadSubmission(f"{path.name} is nested too deeply to be a notebook.") from error
-    except ValueError as error:
-        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
-        raise BadSubmission(f"{path.name} is not a notebook: its JSON is broken{where}. Download it again.") from error
-    if not isinstance(found, dict):
-        raise BadSubmission(f"{path.name} is JSON, but not a notebook.")
-    cells = found.get("cells")
-    sheets = found.get("worksheets")
-    if not isinstance(cells, list) and isinstance(sheets, list):  # format 3 and older
-        cells = [
-            cell
-            for sheet in sheets
-            if isinstance(sheet, dict) and isinstance(sheet.get("cells"), list)
-            for cell in sheet["cells"]
-        ]
-    if not isinstance(cells, list):
-        raise BadSubmission(f"{path.name} is JSON, but not a notebook: it has no list of cells.")
-    if len(cells) > CELLS_LIMIT:
-        raise BadSubmission(f"{path.name} has {len(cells)} cells; the limit is {CELLS_LIMIT}.")
-    return {**found, "cells": cells}
-
-
-def cell_source(cell: Any) -> str | None:
-    """A cell's text whatever form it has (string, list of lines, format 3's `input`); None if there is none."""
-    if not isinstance(cell, dict):
-        return None
-    source = cell.get("source", cell.get("input"))
-    if isinstance(source, list) and all(isinstance(line, str) for line in source):
-        source = "".join(source)
-    if not isinstance(source, str):
-        return None
-    source = source.replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "")
-    return source.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair cannot be written to a file
+DEFINES = re.compile(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*(?::[^=\n]*)?=(?!=)", re.M)
+ASKS = re.compile(r"^(?:(?:async[ \t]+)?def|class)[ \t]+(\w+)|^(\w+)[ \t]*=[ \t]*\.\.\.", re.M)
 
 
 def _nbgrader(cell: Any) -> dict[str, Any]:
@@ -148,46 +94,76 @@ def splice(pristine: Any, submitted: Any, previous: Any = None) -> tuple[Any, li
     import nbformat
 
     result = nbformat.from_dict(copy.deepcopy(pristine))
-    cells = submitted.get("cells") if isinstance(submitted, dict) else None
-    cells = cells if isinstance(cells, list) else []
     ours = {cell.get("id"): cell_source(cell) for cell in (previous or pristine)["cells"]}
     names = answer_names(pristine)
     known = {*ours, *names, *(cell.get("id") for cell in pristine["cells"])} - {None}
-    who = [identity(cell, known) for cell in cells]
+    given = _Given(submitted, known, names, {_squeeze(text) for text in ours.values()})
     repairs = _Repairs()
-    old = {name: _source_of(previous, name) for name in names} if previous is not None else {}
+    old = {_nbgrader(cell).get("grade_id"): cell_source(cell) for cell in previous["cells"]} if previous else {}
     for cell in result.cells:
         cell.source = cell_source(cell) or ""  # in a file it is a list of lines
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         name = _nbgrader(cell).get("grade_id")
         if name in names:
-            if previous is not None and old[name] is None and name not in who:
+            if previous is not None and old.get(name) is None and name not in given.where:
                 continue  # an exercise that this version of the chapter brought
-            answer = _answer(name, cells, who, old.get(name) or cell.source, repairs)
+            answer = _answer(name, given, old.get(name) or cell.source, repairs)
             if answer is not None:
                 cell.source = answer
     for name in names:
-        if f"check-{name}" in ours and f"check-{name}" not in who:
+        check = f"check-{name}"
+        if check in ours and check not in given.where:
             repairs.add("The check cell was missing and is put back", name)
-        elif _differs(f"check-{name}", cells, who, ours):
+        elif check in ours and any(_squeeze(given.texts[n]) != _squeeze(ours[check]) for n in given.where[check]):
             repairs.add("The check cell had been edited and is put back as it was", name)
-    texts = {_squeeze(text) for text in ours.values()}
-    extra = sum(
-        1
-        for cell, name in zip(cells, who, strict=True)
-        if name is None
-        and isinstance(cell, dict)
-        and cell.get("cell_type") == "code"
-        and _squeeze(cell_source(cell)) not in texts
-        and _squeeze(cell_source(cell))
-    )
+    extra = len(given.own - given.taken)
     if extra:
         repairs.add(
             f"{extra} code cell{'s' * (extra > 1)} of your own {'is' if extra == 1 else 'are'} left out: "
             "only the answer cells are taken"
         )
     return result, repairs.sentences()
+
+
+class _Given:
+    """A submission's cells with their texts and what each of them is, looked at once."""
+
+    def __init__(self, submitted: Any, known: set[str], names: list[str], pristine: set[str]) -> None:
+        cells = submitted.get("cells") if isinstance(submitted, dict) else None
+        self.cells: list[Any] = cells if isinstance(cells, list) else []
+        self.texts = [cell_source(cell) for cell in self.cells]
+        who = [identity(cell, known) for cell in self.cells]
+        times: dict[str | None, int] = {}
+        for name in who:
+            times[name] = times.get(name, 0) + 1
+        for n, name in enumerate(who):  # a copy of another answer's cell, with a first line of its own
+            other = marked(self.texts[n], names) if name in names and times[name] > 1 else None
+            who[n] = other or name
+        self.where: dict[str, list[int]] = {}
+        for n, name in enumerate(who):
+            if name is not None:
+                self.where.setdefault(name, []).append(n)
+        self.own = {n for n, name in enumerate(who) if name is None and self._is_own(n, pristine)}
+        self.taken: set[int] = set()
+
+    def _is_own(self, n: int, pristine: set[str]) -> bool:
+        if not isinstance(self.cells[n], dict) or self.cells[n].get("cell_type") != "code":
+            return False
+        text = _squeeze(self.texts[n])
+        return text != "" and text not in pristine
+
+    def belongs(self, last: int, missing: set[str]) -> list[int]:
+        """The own cells below cell `last` that go with it: its cut-off end, and what defines a name still missing."""
+        found, n = [], last + 1
+        while n < len(self.cells) and n in self.own:
+            text = self.texts[n] or ""
+            cut_off = text.lstrip("\n")[:1] in (" ", "\t") and n == (found[-1] if found else last) + 1
+            if cut_off or (missing and len(text) <= CELL_LIMIT and missing & _names(DEFINES, text)):
+                found.append(n)
+                missing = missing - _names(DEFINES, text)
+            n += 1
+        return found
 
 
 class _Repairs:
@@ -205,42 +181,60 @@ class _Repairs:
         ]
 
 
-def _answer(name: str, cells: list[Any], who: list[str | None], stub: str, repairs: _Repairs) -> str | None:
+def _answer(name: str, given: _Given, stub: str, repairs: _Repairs) -> str | None:
     """The source for one answer cell, or None where the pristine stub stays."""
-    at = [n for n, found in enumerate(who) if found == name]
+    at = given.where.get(name, [])
     if not at:
         repairs.add("The answer cell is missing: it counts as not written", name)
         return None
-    unreadable = [n for n in at if cell_source(cells[n]) is None]
-    readable = [n for n in at if n not in unreadable]
+    readable = [n for n in at if given.texts[n] is not None]
     if not readable:
         repairs.add("The answer cell has no readable text: it counts as not written", name)
         return None
-    if any(cells[n].get("cell_type") != "code" for n in readable):
+    if any(given.cells[n].get("cell_type") != "code" for n in readable):
         repairs.add("The answer cell was no longer a code cell: its text is taken as code", name)
-    if not any(_nbgrader(cells[n]).get("grade_id") == name for n in readable):
-        by = "first line" if marked(cell_source(cells[readable[0]]), (name,)) else "id"
+    if not any(_nbgrader(given.cells[n]).get("grade_id") == name for n in readable):
+        by = "first line" if marked(given.texts[readable[0]], (name,)) else "id"
         repairs.add(f"The answer cell had lost its metadata: it was recognised by its {by}", name)
     # A copied cell begins with the marker again; a cell that was split in two does not: its halves belong together.
     groups: list[list[int]] = []
     for n in readable:
-        if groups and not marked(cell_source(cells[n]), (name,)):
+        if groups and not marked(given.texts[n], (name,)):
             groups[-1].append(n)
         else:
             groups.append([n])
-    checked = next((n for n, found in enumerate(who) if found == f"check-{name}"), len(cells))
-    text = {group[0]: "\n".join(cell_source(cells[n]) or "" for n in group) for group in groups}
-    written = [n for n in text if _squeeze(text[n]) != _squeeze(stub)]
+    text = {group[0]: "\n".join(_code(given.texts[n], given.cells[n]) for n in group) for group in groups}
+    stub_text = _squeeze(stub)
+    written = [n for n in text if _squeeze(text[n]) != stub_text]
+    joined = len(readable) > 1 and len(groups) == 1
+    for group in groups:
+        blank = _squeeze(text[group[0]]) == stub_text
+        if blank and written:
+            continue
+        have = set() if blank else _names(DEFINES, text[group[0]][: CELL_LIMIT + 1])
+        below = given.belongs(group[-1], _names(ASKS, stub) - have)
+        if not below:
+            continue
+        given.taken.update(below)
+        parts = [given.texts[n] or "" for n in below]
+        if not blank:
+            repairs.add("The answer was split over several cells: its parts were put together", name)
+        else:
+            repairs.add("The answer stood in a cell of your own under the answer cell: it was taken from there", name)
+            written.append(group[0])
+        if not blank or not re.search(r"^raise\b", stub, re.M):  # a stub that raises at once would hide what follows
+            parts.insert(0, text[group[0]])
+        text[group[0]] = "\n".join(parts)
     if not written:
         return None
-    before = [
-        n for n in written if n < checked
-    ]  # what the check would have seen when the notebook ran from top to bottom
+    checked = given.where.get(f"check-{name}", [len(given.cells)])[0]
+    # what the check would have seen when the notebook ran from top to bottom
+    before = [n for n in written if n < checked]
     chosen = before[-1] if before else written[0]
     if len(readable) > 1:
         taken = (
             "its parts were put together"
-            if len(groups) == 1
+            if joined
             else f"the {'last written one before its check' if before else 'first written one'} was taken"
         )
         repairs.add(f"The answer cell occurs {len(readable)} times: {taken}", name)
@@ -250,16 +244,18 @@ def _answer(name: str, cells: list[Any], who: list[str | None], stub: str, repai
     return text[chosen]
 
 
-def _differs(name: str, cells: list[Any], who: list[str | None], ours: dict[str, str | None]) -> bool:
-    return name in ours and any(
-        _squeeze(cell_source(cell)) != _squeeze(ours[name])
-        for cell, found in zip(cells, who, strict=True)
-        if found == name
-    )
+def _code(text: str | None, cell: Any) -> str:
+    """A cell's text as code: without the fence that somebody put around it in a text cell."""
+    text = text or ""
+    inside = text.strip()
+    if cell.get("cell_type") == "code" or not inside.startswith("```") or not inside.endswith("```"):
+        return text
+    first, _, rest = inside.partition("\n")
+    return rest[:-3].rstrip("\n") if rest and "`" not in first[3:] and "```" not in rest[:-3] else text
 
 
-def _source_of(notebook: Any, name: str) -> str | None:
-    return next((cell_source(cell) for cell in notebook["cells"] if _nbgrader(cell).get("grade_id") == name), None)
+def _names(pattern: re.Pattern[str], text: str) -> set[str]:
+    return {found[1] or found[2] for found in pattern.finditer(text)}
 
 
 def _squeeze(text: str | None) -> str:

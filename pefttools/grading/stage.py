@@ -15,16 +15,22 @@ is there only if a solution of the chapter needs it.
 from __future__ import annotations
 
 import ast
+import compileall
 import functools
 import hashlib
 import inspect
+import py_compile
+import re
 import shutil
 import tempfile
+import types
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pefttools.grading.exercise import Exercise, ExerciseError
 
+MAGIC = re.compile(r"\s*[%!]")
 PACKAGE = Path(__file__).resolve().parents[1]
 INSIDE = ("exercise", "inside", "plain", "probe", "room", "wire")  # of pefttools.grading; nothing of it is secret
 STAND_IN = '''\
@@ -44,6 +50,7 @@ raise ImportError("{name} is not available while this chapter is graded, because
 '''
 
 
+@functools.lru_cache(maxsize=512)
 def probe_source(exercise: Exercise) -> str:
     """The source of a module with this exercise's `probe` and what it needs, without anything to compare with.
 
@@ -56,8 +63,7 @@ def probe_source(exercise: Exercise) -> str:
     name = getattr(probe, "__name__", "")
     if module is None or getattr(module, name, None) is not probe:
         raise ExerciseError(f"{where} must be a function at the top level of a module, to be cut out for the sandbox")
-    tree = _Bare().visit(ast.parse(inspect.getsource(module)))
-    binds = _bindings(tree)
+    tree, binds = _bare(module)
     wanted, todo = set(), [name]
     while todo:
         current = todo.pop()
@@ -78,6 +84,13 @@ def probe_source(exercise: Exercise) -> str:
     return "from __future__ import annotations\n\n" + ast.unparse(ast.fix_missing_locations(ast.Module(body, []))) + "\n"
 
 
+@functools.lru_cache(maxsize=64)
+def _bare(module: types.ModuleType) -> tuple[ast.Module, dict[str, ast.stmt]]:
+    """A module without its annotations, and what binds each name in it."""
+    tree = _Bare().visit(ast.parse(inspect.getsource(module)))
+    return tree, _bindings(tree)
+
+
 def _bindings(tree: ast.Module) -> dict[str, ast.stmt]:
     """The statement at the top of a module that binds each name."""
     found: dict[str, ast.stmt] = {}
@@ -93,20 +106,21 @@ def bound(node: ast.stmt) -> set[str]:
         return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    found = {part.id for part in _own_scope(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-    for part in _own_scope(node):
+    found = {part.id for part in own_scope(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    for part in own_scope(node):
         if isinstance(part, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)) and part is not node:
             found |= bound(part)
     return found
 
 
-def _own_scope(node: ast.AST) -> Iterable[ast.AST]:
+def own_scope(node: ast.AST) -> Iterable[ast.AST]:
+    """A node and the nodes in it, without what stands inside of functions and classes."""
     yield node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
             yield child
         else:
-            yield from _own_scope(child)
+            yield from own_scope(child)
 
 
 def read(node: ast.AST) -> set[str]:
@@ -148,30 +162,17 @@ def _kept(node: ast.stmt, wanted: set[str]) -> ast.stmt | None:
 
 # ------------------------------------------------------------------------------------------------ the folder
 
-def make_stage(folder: str | Path, exercises: Iterable[Exercise], modules: Iterable[str] = ()) -> Path:
+def make_stage(folder: str | Path, exercises: Iterable[Exercise], modules: Iterable[str] = (), hide: bool = True) -> Path:
     """Write the package for these exercises into `folder` and return its folder, which goes onto PYTHONPATH.
 
     `modules` ("pefttools.nf4") are put in with whatever of this package they import; those that an exercise hides,
-    and those that import one of these, are put in as modules that say so when imported. The folder's name is a digest
-    of what is in it: the same stage serves a whole class, and is made once.
+    and those that import one of these, are put in as modules that say so when imported. (`hide=False`: for probing an
+    artefact where no student's code runs.) The folder's name is a digest of what is in it: the same stage serves a
+    whole class, and is made once.
     """
-    exercises = list(exercises)
-    hidden = {name for exercise in exercises for name in exercise.hides}
-    files = {"pefttools/__init__.py": (PACKAGE / "__init__.py").read_text(encoding="utf-8"),
-             "pefttools/grading/__init__.py": STAND_IN, "pefttools/grading/probes/__init__.py": ""}
-    files |= {f"pefttools/grading/{name}.py": (PACKAGE / "grading" / f"{name}.py").read_text(encoding="utf-8")
-              for name in INSIDE}
-    files |= {f"pefttools/grading/probes/{probe_module(exercise.name)}.py": probe_source(exercise)
-              for exercise in exercises}
-    for name in closure(modules):
-        path, content = _module_file(name)
-        if any(name == h or name.startswith(f"{h}.") for h in hidden) or hidden & closure([name]):
-            content = ABSENT.format(name=name)
-        files.setdefault(path, content)
-    for name in sorted(hidden):
-        if name.startswith("pefttools."):
-            files[_module_file(name)[0]] = ABSENT.format(name=name)
-    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:20]
+    files, data = _contents(tuple(exercises), tuple(sorted(set(modules))), hide)
+    stamps = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in sorted(data.items())]
+    digest = hashlib.sha256(repr((sorted(files.items()), stamps)).encode()).hexdigest()[:20]
     target = Path(folder) / digest
     if not target.is_dir():
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -179,12 +180,85 @@ def make_stage(folder: str | Path, exercises: Iterable[Exercise], modules: Itera
         for path, content in files.items():
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
             (scratch / path).write_text(content, encoding="utf-8")
+        for path, source in data.items():
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, scratch / path)
+        compileall.compile_dir(scratch, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         scratch.chmod(0o755)
         try:
             scratch.rename(target)
         except OSError:                                # another worker was first, with the same content
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@functools.lru_cache(maxsize=64)
+def _contents(exercises: tuple[Exercise, ...], modules: tuple[str, ...], hide: bool) -> tuple[dict[str, str], dict[str, Path]]:
+    """{path in the stage: source}, {path in the stage: file to copy}"""
+    hidden = {name for exercise in exercises for name in exercise.hides} if hide else set()
+    files = {"pefttools/__init__.py": (PACKAGE / "__init__.py").read_text(encoding="utf-8"),
+             "pefttools/grading/__init__.py": STAND_IN, "pefttools/grading/probes/__init__.py": ""}
+    files |= {f"pefttools/grading/{name}.py": (PACKAGE / "grading" / f"{name}.py").read_text(encoding="utf-8")
+              for name in INSIDE}
+    data: dict[str, Path] = {}
+    for exercise in exercises:
+        if exercise.accepts == "artefact" and hide:    # the student's process only writes the files
+            continue
+        files[f"pefttools/grading/probes/{probe_module(exercise.name)}.py"] = source = probe_source(exercise)
+        modules = (*modules, *own_imports(source))
+    # What only a hidden module imports is left out with it: pefttools.lora_update computes what pefttools.lora does.
+    absent = {name for name in closure(modules)
+              if any(name == h or name.startswith(f"{h}.") for h in hidden) or hidden & closure([name])}
+    for name in sorted(closure(set(modules) - absent) | absent & set(modules)):
+        path, content = _module_file(name)
+        if name in absent:
+            content = ABSENT.format(name=name)
+        elif path.endswith("__init__.py"):
+            data |= _data_files(name)
+        files.setdefault(path, content)
+    for name in sorted(hidden):
+        if name.split(".")[0] == "pefttools" and _is_module(name):
+            files[_module_file(name)[0]] = ABSENT.format(name=name)
+    return files, data
+
+
+def _data_files(package: str) -> dict[str, Path]:
+    """What lies in a package's folder beside modules: weights, a tokenizer, rows."""
+    if package == "pefttools":
+        return {}
+    folder = PACKAGE.parent.joinpath(*package.split("."))
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder).parts
+        if path.is_file() and not path.is_symlink() and path.suffix not in (".py", ".pyc") \
+                and not any((folder.joinpath(*inside[:n]) / "__init__.py").exists() for n in range(1, len(inside))):
+            found[str(path.relative_to(PACKAGE.parent))] = path
+    return found
+
+
+def own_imports(source: str) -> list[str]:
+    """The modules of this package that some source imports anywhere, those of `grading` apart."""
+    return sorted({name for node in ast.walk(ast.parse(source)) for name in imported(node)
+                   if name.split(".")[0] == "pefttools" and name != "pefttools" and _is_module(name)
+                   and name.split(".")[:2] != ["pefttools", "grading"]})
+
+
+def modules_of(notebook: Any) -> list[str]:
+    """The modules of this package that a notebook's own code cells import: what an answer may rely on too.
+
+    Answer cells do not count: a student cannot have a module put into the stage by importing it. `pefttools.grading`
+    is a stand-in there in any case.
+    """
+    found: set[str] = set()
+    for cell in notebook["cells"]:
+        if cell.get("cell_type") != "code" or cell.get("metadata", {}).get("nbgrader", {}).get("solution"):
+            continue
+        source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+        try:
+            found.update(own_imports("\n".join("" if MAGIC.match(line) else line for line in source.split("\n"))))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    return sorted(found)
 
 
 def hidden_packages(exercises: Iterable[Exercise]) -> tuple[str, ...]:

@@ -351,3 +351,208 @@ def test_missing_folder_and_oversized_files(tmp_path):
 def test_any_usual_encoding_is_read(encoding, solved, tmp_path):
     (tmp_path / "x.ipynb").write_bytes(json.dumps(solved, ensure_ascii=False).encode(encoding))
     assert read_notebook(tmp_path / "x.ipynb")["cells"] == solved["cells"]
+
+
+# ------------------------------------------------------------------------------------------ answers that moved
+
+
+def test_an_answer_in_a_new_cell_below_is_taken(pristine, solved):
+    """With the marker wherever it stands; without it where it defines what the stub asks for."""
+    for marker in ("# exercise: tiny-double\n", ""):
+        mine = copy.deepcopy(pristine)
+        n = at(mine, "tiny-double")
+        mine["cells"].insert(n + 1, code("print('trying')"))
+        mine["cells"].insert(n + 2, code(f"{marker}def double(x):\n    return 2 * x"))
+        merged, repairs = splice(pristine, mine)
+        assert "return 2 * x" in answers(merged)["tiny-double"]
+        assert "trying" not in answers(merged)["tiny-double"]
+        said = "occurs 2 times" if marker else "stood in a cell of your own under the answer cell"
+        assert any(said in r for r in repairs) and any("1 code cell of your own is left out" in r for r in repairs)
+
+
+def test_a_value_in_a_new_cell_below_is_taken_after_the_stub(pristine):
+    mine = copy.deepcopy(pristine)
+    mine["cells"].insert(at(mine, "tiny-total") + 1, code("total_of_numbers = sum(numbers)"))
+    merged, _ = splice(pristine, mine)
+    answer = answers(merged)["tiny-total"]
+    assert answer.index("numbers = [6, 7, 8]") < answer.index("total_of_numbers = sum(numbers)")
+
+
+def test_cells_of_ones_own_that_define_something_else_are_not_taken(pristine, solved):
+    solved["cells"].insert(at(solved, "tiny-double") + 1, code("def double(x):\n    return 'a later experiment'"))
+    solved["cells"].insert(at(solved, "check-tiny-total") + 1, code("total_of_numbers = 'beneath the check'"))
+    wanted = {n: "".join(solved["cells"][at(solved, n)]["source"]) for n in NAMES}
+    merged, _ = splice(pristine, solved)
+    assert answers(merged) == wanted
+
+
+@pytest.mark.parametrize("keeps_metadata", [True, False])
+def test_the_lower_half_of_a_split_cell_that_nothing_marks(keeps_metadata, pristine, solved):
+    n = at(solved, "tiny-box")
+    top, bottom = "".join(solved["cells"][n]["source"]).split("    def volume", 1)
+    solved["cells"][n]["source"] = top
+    solved["cells"].insert(n + 1, code("    def volume" + bottom))
+    if not keeps_metadata:
+        stripped(solved | {"cells": [c for c in solved["cells"] if "id" in c]})
+    merged, repairs = splice(pristine, solved)
+    assert "def __init__" in answers(merged)["tiny-box"] and "def volume" in answers(merged)["tiny-box"]
+    assert "The answer was split over several cells: its parts were put together (tiny-box)." in repairs
+
+
+def test_a_copy_of_another_answers_cell_goes_by_its_own_first_line(pristine, solved):
+    copied = copy.deepcopy(solved["cells"][at(solved, "tiny-double")])
+    copied["source"] = "# exercise: tiny-total\ntotal_of_numbers = 21"
+    solved["cells"][at(solved, "tiny-total")] = copied
+    merged, _ = splice(pristine, solved)
+    assert answers(merged)["tiny-total"].endswith("= 21") and "doubled" in answers(merged)["tiny-double"]
+
+
+@pytest.mark.parametrize("kind", ["markdown", "raw", "heading", "nonsense", None, 3])
+@pytest.mark.parametrize("fence", ["```python\n{}\n```", "```\n{}\n```\n", "{}"])
+def test_an_answer_in_a_text_cell_loses_its_fence(kind, fence, pristine, solved):
+    wanted = answers(solved)
+    cell = solved["cells"][at(solved, "tiny-double")]
+    cell["cell_type"], cell["source"] = kind, fence.format("".join(cell["source"]))
+    merged, repairs = splice(pristine, solved)
+    assert answers(merged) == wanted and any("no longer a code cell" in r for r in repairs)
+
+
+# ------------------------------------------------------------------------------------------ anything at all
+
+
+def parts_of(node, path=()):
+    yield path
+    if isinstance(node, (dict, list)):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from parts_of(child, (*path, key))
+
+
+@st.composite
+def mutation(draw):
+    return (
+        draw(st.sampled_from(["delete", "replace", "duplicate", "swap", "wrap", "rename", "cut"])),
+        draw(st.integers(0, 10**6)),
+        draw(st.integers(0, 10**6)),
+        draw(junk),
+    )
+
+
+def mutate(document, how, first, second, value):
+    """One change somewhere in a document; the document itself where its top is what changes."""
+    every = [path for path in parts_of(document) if path]
+    if not every:
+        return document
+    path = every[first % len(every)]
+    parent = document
+    for key in path[:-1]:
+        parent = parent[key]
+    key = path[-1]
+    if how == "delete":
+        del parent[key]
+    elif how == "replace":
+        parent[key] = value
+    elif how == "duplicate" and isinstance(parent, list):
+        parent.insert(second % (len(parent) + 1), copy.deepcopy(parent[key]))
+    elif how == "swap" and isinstance(parent, list):
+        other = second % len(parent)
+        parent[key], parent[other] = parent[other], parent[key]
+    elif how == "wrap":
+        parent[key] = [parent[key]]
+    elif how == "rename" and isinstance(parent, dict):
+        parent[str(value)[:20]] = parent.pop(key)
+    elif how == "cut" and isinstance(parent[key], str):
+        parent[key] = parent[key][: second % (len(parent[key]) + 1)]
+    return document
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(mutation(), min_size=1, max_size=12))
+def test_a_hand_in_mutated_at_random_gives_the_pristine_notebook_or_a_sentence(pristine, solved, tmp_path, changes):
+    document = copy.deepcopy(solved)
+    for change in changes:
+        document = mutate(document, *change)
+    (tmp_path / "x.ipynb").write_text(json.dumps(document), encoding="utf-8")
+    try:
+        read = read_notebook(tmp_path / "x.ipynb")
+    except BadSubmission as error:
+        assert str(error).startswith("x.ipynb ") and str(error).endswith(".")
+        return
+    merged, repairs = splice(pristine, read)
+    nbformat.validate(merged)
+    assert everything_else(merged) == everything_else(pristine)
+    assert all(isinstance(r, str) and r.endswith(".") for r in repairs)
+    dumps(merged).encode("utf-8")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.binary(max_size=6)), min_size=1, max_size=8)
+)
+def test_bytes_changed_at_random_give_a_notebook_or_a_sentence(pristine, solved, tmp_path, cuts):
+    data = json.dumps(solved).encode()
+    for where, length, put in cuts:
+        where %= len(data) + 1
+        data = data[:where] + put + data[where + length :]
+    (tmp_path / "x.ipynb").write_bytes(data)
+    try:
+        merged, _ = splice(pristine, read_notebook(tmp_path / "x.ipynb"))
+    except BadSubmission:
+        return
+    nbformat.validate(merged)
+    assert everything_else(merged) == everything_else(pristine)
+
+
+SLOW = {
+    "blank lines": lambda n: "\n" * n,
+    "hashes": lambda n: "#" * n,
+    "spaces": lambda n: " " * n + "x",
+    "names": lambda n: "a," * (n // 2),
+    "colons": lambda n: ("a:" + ":" * 50 + "\n") * (n // 53),
+    "fences": lambda n: "```\n" * (n // 4),
+    "markers": lambda n: "# exercise: tiny-double\n" * (n // 24),
+}
+
+
+@pytest.mark.parametrize("shape", SLOW)
+def test_time_grows_in_proportion(shape, pristine, solved):
+    """Four times the text takes no more than some four times as long (the limit leaves room for a busy machine)."""
+    import time
+
+    def seconds(n):
+        mine = copy.deepcopy(solved)
+        for cell in mine["cells"]:
+            cell["source"] = SLOW[shape](n)
+        mine["cells"] += [code(SLOW[shape](n // 10)) for _ in range(50)]
+        best = 9e9
+        for _ in range(3):
+            start = time.perf_counter()
+            splice(pristine, mine)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    short, long = seconds(30_000), seconds(240_000)
+    assert long < 30 * short + 0.3, (short, long)
+
+
+def test_five_thousand_cells_are_quick(pristine, solved):
+    import time
+
+    cell = code("# exercise: tiny-double\ndef double(x):\n    return x")
+    for more in ([cell] * 4_900, [code("x = 1")] * 4_900, [solved["cells"][at(solved, "tiny-box")]] * 4_900):
+        mine = copy.deepcopy(solved)
+        n = at(mine, "tiny-double") + 1
+        mine["cells"][n:n] = more
+        start = time.perf_counter()
+        splice(pristine, mine)
+        assert time.perf_counter() - start < 5
+
+
+def test_a_million_small_parts_are_refused_before_they_are_made(tmp_path):
+    (tmp_path / "x.ipynb").write_bytes(b'{"cells": [' + b"[]," * 3_000_000 + b"[]]}")
+    with pytest.raises(BadSubmission, match="more than 5,000,000 parts"):
+        read_notebook(tmp_path / "x.ipynb")
+
+
+def test_a_notebook_saved_as_a_text_in_json(solved, tmp_path):
+    (tmp_path / "x.ipynb").write_text(json.dumps(json.dumps(solved)))
+    assert read_notebook(tmp_path / "x.ipynb")["cells"] == solved["cells"]

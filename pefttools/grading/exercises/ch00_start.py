@@ -17,6 +17,7 @@ from pefttools.grading.question import Question
 
 CHAPTER = "00_start"
 TITLE = "Where you are"
+HIDES = ("pefttools.inject", "pefttools.attached", "peft")      # they count and freeze
 
 
 def _number(value: Any) -> Any:
@@ -193,7 +194,7 @@ def _count_matrices(model: nn.Module) -> tuple[int, int]:
 
 COUNT = Exercise(
     name="count-trainable", chapter=CHAPTER, title="Count what trains", points=2, minutes=8, difficulty=2,
-    inputs=_count_inputs, probe=_count_probe, reference=count_parameters,
+    inputs=_count_inputs, probe=_count_probe, reference=count_parameters, hides=HIDES,
     mistakes={
         "counts-frozen": (lambda model: (count_parameters(model)[1],) * 2,
                           "The frozen parameters are among your trainable ones. A parameter trains only when its "
@@ -276,6 +277,10 @@ def _freeze_inputs(generator: torch.Generator) -> list[dict]:
     # "frozen before": what somebody had frozen already; `names` may bring it back.
     wanted = [("q_proj, v_proj", ""), ("norm", "norm, embed"), ("attn", "layers"), ("proj, embed", "proj"),
               ("prenorm", "norm, layers.1")]
+    parts = ["q_proj", "v_proj", "attn", "up_proj", "prenorm", "norm", "embed", "proj"]
+    for _ in range(3):  # drawn, so that nobody can know beforehand which parameters are to train
+        a, b, c = (parts[int(torch.randint(len(parts), (), generator=generator))] for _ in range(3))
+        wanted.append((a if a == b else f"{a}, {b}", c if c in ("norm", "embed", "proj") else ""))
     return [{"names": names, "frozen before": before, "vocab": 7 + i, "width": 4 + 2 * i, "blocks": 2,
              "tokens": torch.randint(0, 7, (2, 5), generator=generator)}
             for i, (names, before) in enumerate(wanted)]
@@ -385,7 +390,7 @@ def _freeze_weights_only(model: nn.Module, names: list[str]) -> None:
 
 FREEZE = Exercise(
     name="freeze", chapter=CHAPTER, title="Freeze all but a few", points=3, minutes=10, difficulty=2,
-    inputs=_freeze_inputs, probe=_freeze_probe, reference=freeze_except,
+    inputs=_freeze_inputs, probe=_freeze_probe, reference=freeze_except, hides=HIDES,
     mistakes={
         "freezes-all": (_freeze_all,
                         "Everything is frozen, also what `names` asked to keep. After switching all off, switch the "

@@ -282,8 +282,9 @@ DRAWS = 16  # matrices drawn per case: then the spread below is known to within 
 
 
 def init_inputs(rng: torch.Generator) -> list[dict]:
-    seeds = torch.randint(0, 2**31, (3,), generator=rng).tolist()
+    seeds = torch.randint(0, 2**31, (4,), generator=rng).tolist()
     sizes = [(48, 24, 8), (32, 64, 16), (64, 16, 4)]  # so that each wrong spread falls elsewhere than the right one
+    sizes.append(tuple(int(torch.randint(low, high, (), generator=rng)) for low, high in ((33, 80), (20, 70), (4, 16))))
     return [{"d_in": i, "d_out": o, "r": r, "seed": s} for (i, o, r), s in zip(sizes, seeds)]
 
 
@@ -305,6 +306,18 @@ def init_probe(work: Callable, case: dict) -> dict[str, Any]:
         return [t.detach() for t in pair]
 
     A, B = draw(torch.Generator().manual_seed(seed))
+    if A.shape != (r, d_in) or B.shape != (d_out, r):
+        return {"A": A, "B": B}
+    generator = torch.Generator().manual_seed(seed + 2)
+    return {"A": A, "B": B, "again": draw(torch.Generator().manual_seed(seed))[0],
+            "other": draw(torch.Generator().manual_seed(seed + 1))[0],
+            "many": torch.stack([draw(generator)[0] for _ in range(DRAWS)])}
+
+
+def init_reading(drawn: dict[str, Tensor], case: dict) -> dict[str, Any]:
+    """What must hold of a start, of the matrices that the work drew."""
+    d_in, d_out, r = (case[k] for k in ("d_in", "d_out", "r"))
+    A, B = drawn["A"], drawn["B"]
     leaves = {"A": torch.zeros(A.shape), "B": torch.zeros(B.shape), **GOOD_START}  # A and B for their shapes
     if A.shape != (r, d_in) or B.shape != (d_out, r):
         return leaves  # one complaint at a time
@@ -312,11 +325,9 @@ def init_probe(work: Callable, case: dict) -> dict[str, Any]:
     leaves["largest entry of B"] = B.abs().max().item()
     leaves["A is zero everywhere"] = not A.any().item()
     leaves.update(learns(A, B))
-    again, other = draw(torch.Generator().manual_seed(seed))[0], draw(torch.Generator().manual_seed(seed + 1))[0]
-    leaves["the same generator state gives the same A"] = torch.equal(A, again)
-    leaves["another generator state gives another A"] = not torch.equal(A, other)
-    generator = torch.Generator().manual_seed(seed + 2)
-    many = torch.stack([draw(generator)[0] for _ in range(DRAWS)]).double().nan_to_num(0.0, 0.0, 0.0)
+    leaves["the same generator state gives the same A"] = torch.equal(A, drawn["again"])
+    leaves["another generator state gives another A"] = not torch.equal(A, drawn["other"])
+    many = drawn["many"].reshape(DRAWS, r, d_in).double().nan_to_num(0.0, 0.0, 0.0)
     leaves["the rows of A are independent"] = all(int(torch.linalg.matrix_rank(a)) == min(a.shape) for a in many)
     spread, wanted = many.std().item(), 1 / math.sqrt(3 * d_in)
     leaves["the entries of A average to zero"] = abs(many.mean().item()) < 0.25 * max(wanted, spread)
@@ -426,7 +437,7 @@ def init_own_seed(d_in, d_out, r, generator):
 
 LORA_INIT = Exercise(
     name="lora-init", chapter=CHAPTER, title="The start: A random, B zero", points=3, minutes=8, difficulty=1,
-    inputs=init_inputs, probe=init_probe, reference="pefttools.lora:lora_init",
+    inputs=init_inputs, probe=init_probe, reading=init_reading, reference="pefttools.lora:lora_init",
     mistakes={
         "both zero": (init_two_zeros,
             "A and B are both zero. Then the gradient of each is zero too (each is multiplied by the other), and the "
