@@ -14,6 +14,7 @@ hand-in stops the others. See classroom.py (the folder), judging.py (one hand-in
 
 from __future__ import annotations
 
+import hashlib
 import functools
 import os
 import time
@@ -194,8 +195,8 @@ class _Run:
 
     def _job(self, task: _Task) -> Job:
         result = task.result
-        return Job(result.student, result.chapter, task.text, result.digest, self.seed, self.sandbox, self.settings,
-                   self.spec)
+        return Job(result.student, result.chapter, task.text, result.digest, seed_of(result), self.sandbox,
+                   self.settings, self.spec)
 
     def _finish(self, task: _Task) -> None:
         """Write a judged hand-in: gradebook, autograded/, feedback/, and last the note that it is done."""
@@ -278,6 +279,15 @@ def _words(error: BaseException) -> str:
     if isinstance(error, WorkerLost):
         return str(error)
     return f"{type(error).__name__}: {error}"[:600]
+
+
+def seed_of(result: Result) -> int:
+    """The seed of one hand-in: from the class's (it is in the digest), the student and what was handed in.
+
+    The same for the same work, so that a regrade gives the same; another for a second try, for feedback shows the
+    inputs and the expected values of the first.
+    """
+    return int.from_bytes(hashlib.sha256(f"{result.digest} {result.student}".encode()).digest()[:4], "big") >> 1
 
 
 def _repair_cell(repairs: list[str]) -> dict[str, Any]:
