@@ -53,7 +53,8 @@ def test_version():
         ([], "COMMAND"),
         (["frobnicate"], "invalid choice"),
         (["doctor", "--jason"], "unknown arguments: --jason"),
-        (["grade"], "FOLDER"),
+        (["grade"], "FOLDER|CHAPTER"),
+        (["grade", ".", "--seed", "1", "--new-seed"], "not allowed with"),
         (["data", "-n", "many"], "invalid int value"),
         (["version", "--no-browser"], "unknown arguments"),
     ],
@@ -67,6 +68,7 @@ def test_wrong_calls_end_with_2_and_a_sentence(args, said, capsys):
 def test_errors_are_sentences_not_tracebacks(tmp_path):
     done = run("grade", str(tmp_path / "nowhere"))
     assert done.returncode == 1 and "is not a folder" in done.stderr and "Traceback" not in done.stderr
+    assert "not a chapter" in done.stderr and "02_lora" in done.stderr
     done = run("lab", "--course", str(tmp_path), "--sync-only")
     assert done.returncode == 1 and "holds no chapters" in done.stderr and "Traceback" not in done.stderr
     done = run("lab", "--course", str(tmp_path), "--sync-only", env={**os.environ, "PEFTTOOLS_TRACEBACK": "1"})
@@ -150,7 +152,10 @@ def test_grade(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("pefttools.grading.grade.grade", lambda *args, **kwargs: seen.append((args, kwargs)))
     assert cli.main(["grade", str(tmp_path), "--chapter", "lora", "--force", "--out", "elsewhere"]) == 0
-    assert seen == [((tmp_path,), {"chapter": "lora", "out": Path("elsewhere"), "force": True})]
+    plain = {"workers": None, "scheduler": None, "seed": None, "new_seed": False, "db": None, "sandbox": True}
+    assert seen.pop() == ((tmp_path, "lora", Path("elsewhere")), {**plain, "force": True})
+    assert cli.main(["grade", "02_lora", "--unsafe-no-sandbox", "--seed", "3", "--workers", "2"]) == 0
+    assert seen.pop() == ((None, "02_lora", None), {**plain, "force": False, "sandbox": False, "seed": 3, "workers": 2})
 
 
 def test_doctor_exit_code_and_json(monkeypatch, capsys):

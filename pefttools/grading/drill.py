@@ -166,20 +166,23 @@ def _kill_and_resume(base: Path, start: Any, kills: int, draw: random.Random, ou
     done: dict[Path, int] = {}
     for number in range(kills + 1):
         process = start(out)
+        begun, code = time.monotonic(), None
         if number < kills:
-            wait = draw.uniform(0.3, max(4.0, 1.6 * outcome.undisturbed / kills))
-            try:
-                code = process.wait(wait)
-            except subprocess.TimeoutExpired:
+            have = _count(out, "judged")
+            share = 2 * (outcome.students - have) // (kills - number + 1)
+            _wait(process, out, have + draw.randint(0, max(0, share)), draw.uniform(0.2, 6.0))
+            code = process.poll()
+            if code is None:
                 family = psutil.Process(process.pid).children(recursive=True)
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                _, alive = psutil.wait_procs(family, timeout=30)
+                _, alive = psutil.wait_procs(family, timeout=60)
                 if alive:
-                    outcome.faults.append(f"kill {number + 1}: {len(alive)} processes outlived the grader by 30 s")
+                    outcome.faults.append(f"kill {number + 1}: {len(alive)} processes outlived the grader by a minute")
                 code = -9
         else:
-            wait, code = 0.0, process.wait()
+            code = process.wait()
+        wait = time.monotonic() - begun
         if code not in (0, -9):
             outcome.faults.append(f"run {number + 1} ended with {code}: {(base / 'errors.log').read_text()[-500:]}")
         now = {path: path.stat().st_mtime_ns for kind in ("judged", "reports") for path in (out / kind).glob("*/*.json")}
@@ -188,10 +191,23 @@ def _kill_and_resume(base: Path, start: Any, kills: int, draw: random.Random, ou
             outcome.faults.append(f"after kill {number}: written again or gone: {', '.join(sorted(again)[:5])}")
         done = now
         if number < kills:
-            judged, noted = (sum(path.parents[1].name == kind for path in now) for kind in ("judged", "reports"))
+            judged, noted = _count(out, "judged"), _count(out, "reports")
             outcome.kills.append({"after": wait, "judged": judged, "noted": noted, "code": code})
             log(f"kill {number + 1} after {wait:.1f} s: {judged} judged, {noted} in the gradebook"
                 + ("" if code == -9 else " (it had ended before)"))
+
+
+def _wait(process: subprocess.Popen, out: Path, judged: int, seconds: float) -> None:
+    """Until so many are judged, or the grader has ended; and then a moment more."""
+    while process.poll() is None and _count(out, "judged") < judged:
+        time.sleep(0.05)
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _count(out: Path, kind: str) -> int:
+    return sum(1 for _ in (out / kind).glob("*/*.json"))
 
 
 def report(outcome: Outcome, command: str) -> str:
@@ -203,7 +219,7 @@ def report(outcome: Outcome, command: str) -> str:
     lines = ["# Class drill", "", f"Made by `make class-drill` (`{command}`); nothing here is typed by hand.", "",
              "; ".join(f"{name} {value}" for name, value in about.items()) + ".", "",
              f"A class of {outcome.students} was graded in {outcome.undisturbed:.0f} s without a stop. Then it was graded "
-             f"again into another folder, the grader killed with SIGKILL {len(killed)} times at random moments and the same "
+             f"again into another folder, the grader killed with SIGKILL {len(killed)} times, each after a random number of hand-ins and some random seconds more, and the same "
              f"command given again. The two gradebooks have {outcome.rows} rows each (students, submissions, grades, "
              f"comments, penalties): **{'equal' if not outcome.faults else 'NOT equal, or other faults: see below'}**.", "",
              "| hand-ins | of this kind |", "|---|---|",
