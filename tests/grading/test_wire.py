@@ -67,7 +67,8 @@ def test_outcomes_travel_and_their_texts_are_cut():
 
 
 @pytest.mark.parametrize("data", [object(), {1, 2}, {(1, 2): 3}, [lambda: 0], torch.nn.Linear(2, 2), 1j,
-                                  torch.ones(2).to_sparse()], ids=repr)
+                                  torch.ones(2).to_sparse()],
+                         ids=["object", "set", "key", "function", "module", "complex", "sparse"])
 def test_what_is_not_plain_is_not_sent(data):
     with pytest.raises((WireError, TypeError, RuntimeError, ValueError)):
         from_bytes(to_bytes(data))
