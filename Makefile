@@ -18,7 +18,7 @@ endif
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 $(STAMP): pyproject.toml .ci/constraints.txt $(STALE)
 	@sh .ci/environment "$(VENV)" "$@"
@@ -35,6 +35,12 @@ build: $(STAMP)  ## instructors: make course/ from solutions/ (EXECUTE=1 also ru
 grade: $(STAMP)  ## instructors: grade a folder of submissions (SUBMISSIONS=folder)
 	@test -n "$(SUBMISSIONS)" || { echo "Which submissions? make grade SUBMISSIONS=folder"; exit 2; }
 	@$(PY) -m pefttools grade "$(SUBMISSIONS)" $(ARGS)
+
+class-drill: $(STAMP)  ## grade a class of 100 and kill the grader ten times, half an hour; writes docs/class_drill.md
+	@$(PY) -m pefttools.grading.drill --to docs/class_drill.md $(ARGS)
+
+bench-grading: $(STAMP)  ## submissions a minute beside stock nbgrader, half an hour; writes docs/grading_benchmark.md
+	@$(PY) -m pefttools.bench.grading --to docs/grading_benchmark.md $(ARGS)
 
 doctor: $(STAMP)  ## what works on this machine, and what to do about the rest
 	@$(PY) -m pefttools doctor $(ARGS)

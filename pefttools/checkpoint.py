@@ -174,8 +174,9 @@ def _config_of(fields: dict[str, Any], path: Path) -> Any:
 
 def _without_base(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """peft saves an embedding beside the adapter on it. Left out where it is the model's own; else it is reported."""
+    adapters = adapter_parameters(model)
     own = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters(
-        remove_duplicate=False)}
+        remove_duplicate=False) if name not in adapters}
     return {key: tensor for key, tensor in tensors.items()
             if (base := own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))) is None
             or base.shape != tensor.shape or not torch.equal(base.detach().cpu(), tensor.to(base.dtype))}

@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         "grade",
         run_grade,
         "grade a class: submitted code runs in a sandbox, verdicts are made outside of it",
-        epilog="Killed or stopped, the same command goes on. What has not changed since it was graded is not run again.",
+        epilog="Killed or stopped, the same command goes on. What has not changed is not graded again.",
     )
     grade.add_argument(
         "what",
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     seeds = grade.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help="for the exercises' inputs (default: the one kept in the folder)")
     seeds.add_argument("--new-seed", action="store_true", help="draw another one; everybody is graded again")
-    grade.add_argument("--db", metavar="URL", help="the gradebook as SQLAlchemy names it (default: nbgrader_config.py's)")
+    grade.add_argument("--db", metavar="URL", help="the gradebook, as SQLAlchemy names it (default: as configured)")
     grade.add_argument(
         "--unsafe-no-sandbox",
         action="store_true",

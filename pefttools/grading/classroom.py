@@ -10,9 +10,7 @@ its grade depends on; same digest, same grade.
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import json
 import os
 import secrets
@@ -23,16 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pefttools.grading.chapter import Chapter
-from pefttools.grading.exercise import LAZY, Exercise, ExerciseError
 from pefttools.grading.intake import HandIn, original
 from pefttools.grading.judging import JudgedResult
-
-# What decides a verdict; a change in how hand-ins are taken in, run in parallel or reported is no reason to grade anew.
-JUDGES = ("artefact", "compare", "exercise", "inside", "judge", "judged", "marking", "needed", "plain", "probe",
-          "question", "reading", "room", "stage", "wire")
 
 
 class GradeError(ValueError):
@@ -69,7 +61,7 @@ class Classroom:
 
     @contextmanager
     def lock(self, db_url: str = "") -> Iterator[None]:
-        """Held while grading, for the folder and for an SQLite gradebook elsewhere. GradeError where another run has it.
+        """Held while grading, for the folder and an SQLite gradebook elsewhere. GradeError where another run has it.
 
         The lock is the operating system's: it ends with the process that holds it, however that ends.
         """
@@ -93,8 +85,9 @@ class Classroom:
                         told = who.read_text(encoding="utf-8").strip()
                     except OSError:
                         told = "another process"
-                    raise GradeError(f"{told} is grading into {place.parent} at this moment: wait until it has ended, "
-                                     "or grade into another folder with --out") from None
+                    raise GradeError(
+                        f"{told} is grading into {place.parent} at this moment: wait until it has ended, or grade "
+                        "into another folder with --out") from None
                 write(who, f"process {os.getpid()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})\n")
             yield
 
@@ -126,7 +119,8 @@ class Classroom:
 
     def note(self, result: Result) -> None:
         """Note that this is in the gradebook."""
-        write(self._report(result.chapter, result.student), json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n"
+        write(self._report(result.chapter, result.student), text)
 
     def noted(self, chapter: str, student: str) -> Result | None:
         """What was noted of this student's chapter."""
@@ -214,44 +208,3 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
         os.fsync(file.fileno())
     part.chmod(mode)
     os.replace(part, path)
-
-
-# ---------------------------------------------------------------------------------------------------- digests
-
-
-def definitions(entries: dict[str, Exercise]) -> str:
-    """A digest of what decides these exercises' verdicts: their module, what it compares with, and the judge."""
-    from pefttools.grading.stage import PACKAGE, closure, imported
-
-    files = {Path(__file__).with_name(f"{name}.py") for name in JUDGES}
-    modules: set[str] = set()
-    for entry in entries.values():
-        works = [entry.reference, *(work for work, _ in entry.mistakes.values()), *entry.alternatives.values()]
-        modules |= {work.partition(":")[0] for work in works if type(work) is str and LAZY.fullmatch(work)}
-        for part in (entry.probe, entry.inputs):
-            try:
-                files.add(Path(inspect.getsourcefile(part) or ""))
-            except TypeError:
-                pass
-    for file in list(files):
-        if file.is_file() and file.parent.name != "grading":
-            modules |= {name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) for name in imported(node)}
-    for name in sorted(modules):
-        if name.split(".")[0] != "pefttools" or name.split(".")[:2] == ["pefttools", "grading"]:
-            continue
-        try:
-            for each in closure([name]):
-                path = PACKAGE.parent.joinpath(*each.split("."))
-                files.add(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
-        except (ExerciseError, OSError, SyntaxError):
-            continue
-    content = hashlib.sha256()
-    for file in sorted(files):
-        if file.is_file():
-            content.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return content.hexdigest()
-
-
-def digest_of(*parts: Any) -> str:
-    """Of the spliced notebook and all else that its grade depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

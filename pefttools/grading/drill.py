@@ -112,8 +112,8 @@ def rows(db_url: str) -> list[tuple]:
                 found.append(("submission", who, assignment.name, str(submission.timestamp), submission.score))
                 for notebook in submission.notebooks:
                     found.append(("notebook", who, notebook.name, notebook.late_submission_penalty))
-                    found += [("grade", who, grade.name, grade.auto_score, grade.manual_score, grade.needs_manual_grade)
-                              for grade in notebook.grades]
+                    found += [("grade", who, grade.name, grade.auto_score, grade.manual_score,
+                               grade.needs_manual_grade) for grade in notebook.grades]
                     found += [("comment", who, comment.name, comment.auto_comment, comment.manual_comment)
                               for comment in notebook.comments]
     return sorted(found, key=repr)
@@ -137,8 +137,8 @@ def drill(base: Path, students: int, kills: int, seed: int, *, chapter: str = "0
         if not (out / "nbgrader_config.py").exists():
             with write_config(root, out).open("a") as file:
                 file.write(f"c.JudgedExecute.limit = {{'cell_seconds': {CELL_SECONDS}, 'memory': 2**31}}\n")
-        line = [sys.executable, "-m", "pefttools", "grade", str(base / "class"), "--chapter", chapter, "--out", str(out),
-                "--seed", str(seed), *(["--workers", str(workers)] if workers else [])]
+        line = [sys.executable, "-m", "pefttools", "grade", str(base / "class"), "--chapter", chapter, "--out",
+                str(out), "--seed", str(seed), *(["--workers", str(workers)] if workers else [])]
         return subprocess.Popen(line, cwd=root, stdout=subprocess.DEVNULL, stderr=(base / "errors.log").open("a"))
 
     begun = time.monotonic()
@@ -185,7 +185,8 @@ def _kill_and_resume(base: Path, start: Any, kills: int, draw: random.Random, ou
         wait = time.monotonic() - begun
         if code not in (0, -9):
             outcome.faults.append(f"run {number + 1} ended with {code}: {(base / 'errors.log').read_text()[-500:]}")
-        now = {path: path.stat().st_mtime_ns for kind in ("judged", "reports") for path in (out / kind).glob("*/*.json")}
+        files = [path for kind in ("judged", "reports") for path in (out / kind).glob("*/*.json")]
+        now = {path: path.stat().st_mtime_ns for path in files}
         again = [path.name for path, when in done.items() if now.get(path) != when]
         if again:
             outcome.faults.append(f"after kill {number}: written again or gone: {', '.join(sorted(again)[:5])}")
@@ -214,21 +215,23 @@ def report(outcome: Outcome, command: str) -> str:
     """The page about a drill."""
     from pefttools.bench.machine import machine
 
-    about = {name: value for name, value in machine().items() if name in ("processor", "cores", "memory", "system", "Python")}
-    killed = [kill for kill in outcome.kills if kill["code"] == -9]
+    fields = ("processor", "cores", "memory", "system", "Python")
+    about = {name: value for name, value in machine().items() if name in fields}
+    killed = sum(kill["code"] == -9 for kill in outcome.kills)
+    verdict = "equal" if not outcome.faults else "NOT equal, or other faults: see below"
     lines = ["# Class drill", "", f"Made by `make class-drill` (`{command}`); nothing here is typed by hand.", "",
              "; ".join(f"{name} {value}" for name, value in about.items()) + ".", "",
-             f"A class of {outcome.students} was graded in {outcome.undisturbed:.0f} s without a stop. Then it was graded "
-             f"again into another folder, the grader killed with SIGKILL {len(killed)} times, each after a random number of hand-ins and some random seconds more, and the same "
-             f"command given again. The two gradebooks have {outcome.rows} rows each (students, submissions, grades, "
-             f"comments, penalties): **{'equal' if not outcome.faults else 'NOT equal, or other faults: see below'}**.", "",
+             f"A class of {outcome.students} was graded in {outcome.undisturbed:.0f} s without a stop. Then it was "
+             f"graded again into another folder; {killed} times the grader was killed with SIGKILL, after a random number of "
+             "hand-ins and some random seconds more, and the same command given again. The two gradebooks have "
+             f"{outcome.rows} rows each (students, submissions, grades, comments, penalties): **{verdict}**.", "",
              "| hand-ins | of this kind |", "|---|---|",
              *(f"| {count} | {kind} |" for kind, count in sorted(outcome.kinds.items())), "",
              "| kill | after | judged by then | in the gradebook by then |", "|---|---|---|---|",
              *(f"| {n} | {kill['after']:.1f} s | {kill['judged']} | {kill['noted']} |"
                + ("" if kill["code"] == -9 else " it had ended before") for n, kill in enumerate(outcome.kills, 1)), "",
-             "After each kill: what was judged or in the gradebook was not judged or written again by any later run, and no "
-             "process of the killed run was left." if not outcome.faults else "Faults:", ""]
+             "What had been judged or was in the gradebook at a kill was not judged or written again by any later run, "
+             "and no process of the killed run was left." if not outcome.faults else "Faults:", ""]
     return "\n".join([*lines, *(f"- {fault}" for fault in outcome.faults)]).rstrip() + "\n"
 
 

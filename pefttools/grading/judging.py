@@ -70,7 +70,7 @@ def entries_spec(entries: Callable[[str], dict[str, Any]] | None) -> str:
         return ""
     name, code = getattr(entries, "__qualname__", ""), getattr(entries, "__code__", None)
     if code is None or not name.isidentifier():
-        raise ValueError(f"entries is {entries!r}; it must be a function at the top of a module, for workers to find it")
+        raise ValueError(f"entries is {entries!r}; it must be a function at the top of a module: workers import it")
     return f"{code.co_filename}:{name}"
 
 

@@ -11,8 +11,9 @@ works as usual from that folder:
     cd grading && nbgrader export
     cd grading && jupyter lab --ServerApp.root_dir=..         Nbgrader ► Formgrader
 
-`nbgrader autograde` grades one after the other, in the same sandbox and with the same judge and seed as `pefttools
-grade`: `JudgedExecute` stands where nbgrader has `Execute`. Limits: `c.JudgedExecute.limit = {"cell_seconds": 60}`.
+`nbgrader autograde` grades one after the other, in the same sandbox and with the same judge as `pefttools grade`:
+`JudgedExecute` stands where nbgrader has `Execute`; each time it draws a seed, and the graded notebook says which.
+Limits: `c.JudgedExecute.limit = {"cell_seconds": 60}`.
 Another gradebook: `c.CourseDirectory.db_url = "postgresql+psycopg://…"`, any URL of SQLAlchemy's.
 """
 
@@ -37,7 +38,8 @@ configure(c, root=root, out=Path(__file__).resolve().parent)
 """
 
 JUDGED = "pefttools.grading.judged.JudgedExecute"
-CELL_SECONDS = 600  # where somebody puts nbgrader's own Execute back: a cell that trains on a slow machine; nbgrader's default of 30 s would fail honest work
+# Where somebody puts nbgrader's own Execute back: a cell may train on a slow machine, and 30 s fails honest work.
+CELL_SECONDS = 600
 KERNEL_ARGUMENTS = ["--HistoryManager.hist_file=:memory:", "--Application.log_level=40"]  # no word about TCP per kernel
 
 
@@ -68,12 +70,8 @@ def configure(c: Any, root: str | Path, out: str | Path) -> Any:
     c.Autograde.autograde_preprocessors = [JUDGED, *(f"nbgrader.preprocessors.{name}" for name in names)]
     c.GenerateFeedback.exporter_class = "pefttools.grading.feedback.FeedbackExporter"
     c.JudgedExecute.secret = [str(out), str(root / "solutions")]
-    try:
-        c.JudgedExecute.seed = int((out / "seed").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass  # each hand-in draws its own, and says which
-    # Where stock Execute is put back: anything on stderr in a check cell costs all of its points, and every library writes
-    # there (progress bars, warnings): it is dropped before scores are read. Errors are another kind of output and stay.
+    # Where stock Execute is put back: anything on stderr in a check cell costs all of its points, and every library
+    # writes there (progress bars, warnings): it is dropped before scores are read. Errors are another kind and stay.
     c.IgnorePattern.enabled = True
     c.IgnorePattern.pattern = r"[\s\S]*"
     c.Execute.timeout = CELL_SECONDS

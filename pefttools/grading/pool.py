@@ -132,7 +132,7 @@ def _ended(code: int | None) -> str:
 
 def _serve(pipe: Connection) -> None:
     """The worker: one job after the other, until the other end of the pipe closes."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # the grader decides what Ctrl-C means; kernels take the default again
+    signal.signal(signal.SIGINT, lambda *_: None)  # the grader decides what Ctrl-C means; kernels get the default back
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
     while True:

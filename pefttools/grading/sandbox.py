@@ -105,10 +105,10 @@ def options(room: Room) -> list[str]:
     line = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
             "--unshare-cgroup-try", "--disable-userns", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox",
             "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
-    line += file_arguments(room.hidden, room.secret)
     line += ["--proc", "/proc", "--dev", "/dev"]
-    for folder in MEMORY_FOLDERS:
+    for folder in MEMORY_FOLDERS:      # before the files: the Python that grades may itself lie below /tmp
         line += ["--size", str(room.limits.scratch_bytes), "--tmpfs", folder]
+    line += file_arguments(room.hidden, room.secret)
     line += ["--ro-bind", str(room.stage), STAGE, "--bind", str(room.exchange), EXCHANGE,
              "--bind", str(room.sockets), str(room.sockets)]
     # bubblewrap's root and its /dev are folders in memory without a limit, and the one who runs in them owns them. In

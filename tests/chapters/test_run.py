@@ -1,56 +1,64 @@
-"""Every chapter, run from top to bottom by nbgrader: solved it scores all points, blank it scores none.
+"""Every chapter, run from top to bottom as a reader runs it, and graded as an instructor grades it: solved it scores all
+points, blank it scores none.
 
-One run serves both questions, since a run takes a minute: nbgrader's Execute is nbclient. The runs are quick ones
-(PEFTTOOLS_QUICK=1 shortens training, same code path), offline, in a temporary folder.
+The runs are quick ones (PEFTTOOLS_QUICK=1 shortens training, same code path), offline, in a temporary folder. Grading
+runs only what a grade needs, in a sandbox where there is one; the run from top to bottom sees the demonstrations too.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
+import time
 from pathlib import Path
 
 import pytest
 
-from pefttools.grading.build import sources
+from pefttools.grading.build import run, sources
 from pefttools.grading.chapter import dumps, read_chapter
 from pefttools.grading.grade import grade
-from pefttools.grading.nbgrader_config import write_config
 from pefttools.grading.release import release
+from pefttools.grading.sandbox import available
 from pefttools.grading.source import registry
 from pefttools.grading.splice import check_name
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds: "each under 4 minutes on two cores"
+QUICK = {"PEFTTOOLS_QUICK": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+         "OMP_NUM_THREADS": "1"}
 pytestmark = [pytest.mark.chapter, pytest.mark.nbgrader, pytest.mark.slow]
 every_chapter = pytest.mark.parametrize("path", sources(ROOT), ids=lambda path: path.stem)
 
 
-def graded(path, notebook, folder, config=""):
-    """(row of the table, executed notebook, processor seconds) of one hand-in.
+def executed(notebook, folder, monkeypatch):
+    """(the notebook after a run from top to bottom, seconds)
 
     On a machine that is busy with other things the wall clock says little, and processor time bounds what it would say
-    on a quiet one: the lesser of the two is held against LIMIT.
+    on a quiet one: the lesser of the two counts.
     """
-    out = folder / "grading"
-    with write_config(ROOT, out).open("a") as file:
-        file.write(config)
+    for name, value in QUICK.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    made = json.loads(dumps(run(notebook, folder, allow_errors=True)))
+    wall = time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{wall:.0f} s, {busy:.0f} s of processor time")
+    return made, min(wall, busy)
+
+
+def graded(path, notebook, folder):
+    """(row of the table, judged notebook) of one hand-in."""
     hand_in = folder / "in" / "reader.ipynb"
     hand_in.parent.mkdir(parents=True)
     hand_in.write_text(dumps(notebook), encoding="utf-8")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (row,) = grade(hand_in.parent, path.stem, out, root=ROOT, log=lambda text: None)
+    out = folder / "grading"
+    (row,) = grade(hand_in.parent, path.stem, out, root=ROOT, sandbox=available() is None, log=lambda text: None)
     assert row.status == "graded", row.problem
-    executed = json.loads(
-        (out / "autograded" / "reader" / path.stem / f"{path.stem[3:]}.ipynb").read_text(encoding="utf-8")
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(
-        f"{path.stem}: {row.score:g} of {row.max_score:g} points in {row.seconds:.0f} s, {busy:.0f} s of processor time"
-    )
-    return row, executed, busy
+    judged = out / "autograded" / "reader" / path.stem / f"{path.stem[3:]}.ipynb"
+    return row, json.loads(judged.read_text(encoding="utf-8"))
 
 
 def outputs(notebook):
@@ -84,18 +92,16 @@ def scores(notebook):
 
 
 @every_chapter
-def test_solved(path, tmp_path):
-    """All points, no error, in time; figures have alt texts. With nbgrader's own setting for stderr: a single line on
-    it in a check cell would cost that check's points here, as it does where somebody grades with stock nbgrader."""
-    row, notebook, busy = graded(
-        path, read_chapter(path).notebook, tmp_path, config="c.IgnorePattern.enabled = False\n"
-    )
+def test_solved(path, tmp_path, monkeypatch):
+    """All points, no error, in time; figures have alt texts. A single line on stderr in a check cell would cost that
+    check's points where somebody grades with stock nbgrader."""
+    notebook, seconds = executed(read_chapter(path).notebook, tmp_path, monkeypatch)
     assert errors(notebook) == []
     entries = registry(path.stem)
     assert scores(notebook) == {name: entry.points for name, entry in entries.items()}
-    assert row.score == row.max_score == sum(entry.points for entry in entries.values())
-    assert row.repairs == []
-    assert min(row.seconds, busy) < LIMIT
+    assert [cell["id"] for cell in notebook["cells"] if check_name(cell)
+            and any(output.get("name") == "stderr" for output in cell["outputs"])] == []
+    assert seconds < LIMIT
     pictures = 0
     for cell, _, output in outputs(notebook):
         data = output.get("data", {})
@@ -110,14 +116,24 @@ def test_solved(path, tmp_path):
 
 
 @every_chapter
-def test_blank(path, tmp_path):
+def test_blank(path, tmp_path, monkeypatch):
     """No points, and no demonstration breaks because an exercise has not been solved."""
-    row, notebook, busy = graded(path, release(read_chapter(path)), tmp_path)
+    notebook, seconds = executed(release(read_chapter(path)), tmp_path, monkeypatch)
     assert errors(notebook) == []
     assert set(scores(notebook).values()) == {0}
-    assert (row.score, row.repairs) == (0, [])
-    assert row.max_score == sum(entry.points for entry in registry(path.stem).values())
-    assert min(row.seconds, busy) < LIMIT
+    assert seconds < LIMIT
+
+
+@every_chapter
+@pytest.mark.parametrize("solved", [True, False], ids=["solved", "blank"])
+def test_graded(path, solved, tmp_path):
+    """In the sandbox, where the chapter's own modules are hidden and the judge draws other inputs than a notebook's."""
+    chapter = read_chapter(path)
+    row, notebook = graded(path, chapter.notebook if solved else release(chapter), tmp_path)
+    points = {name: entry.points for name, entry in registry(path.stem).items()}
+    assert scores(notebook) == (points if solved else dict.fromkeys(points, 0))
+    assert (row.score, row.max_score) == (sum(points.values()) if solved else 0, sum(points.values()))
+    assert (row.repairs, row.limits) == ([], [])
 
 
 @every_chapter

@@ -18,7 +18,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from pefttools.grading import grade as grading
+from pefttools.grading import grade as entrance
+from pefttools.grading import run as grading
 from pefttools.grading.chapter import dumps
 from pefttools.grading.classroom import Classroom, GradeError
 from pefttools.grading.drill import make_class, rows
@@ -140,7 +141,7 @@ def course(tiny, monkeypatch):
 
     monkeypatch.setattr(grading, "executor", executor)
     monkeypatch.setattr(grading, "judge_one", judged_blindly)
-    monkeypatch.setattr(grading, "available", lambda: None)
+    monkeypatch.setattr(entrance, "available", lambda: None)
     monkeypatch.setattr(grading, "definitions", lambda entries: "as they are")
     tiny.folder, tiny.out, tiny.lines, tiny.inline = tiny.root / "in", tiny.root / "grading", [], inline
     tiny.folder.mkdir()
@@ -323,14 +324,14 @@ def test_one_failing_judge_is_one_row(course, monkeypatch):
 
 @pytest.mark.nbgrader
 def test_ctrl_c_says_how_to_go_on(course, monkeypatch):
-    honest = grading._Run._finish
+    honest = grading.Run._finish
 
     def stops(self, task):
         honest(self, task)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(grading._Run, "_finish", stops)
+        patch.setattr(grading.Run, "_finish", stops)
         with pytest.raises(KeyboardInterrupt):
             course.grade()
     assert "Stopped." in course.lines[-1] and "the same command goes on" in course.lines[-1]
@@ -359,15 +360,15 @@ def test_late_penalties_are_nbgraders(course):
 
 @pytest.mark.nbgrader
 def test_without_a_sandbox_nothing_is_run_unless_asked_for(course, monkeypatch):
-    monkeypatch.setattr(grading, "available", lambda: "bubblewrap is not installed: apt install bubblewrap.")
-    monkeypatch.setattr("pefttools.grading.sandbox.available", grading.available)
+    monkeypatch.setattr(entrance, "available", lambda: "bubblewrap is not installed: apt install bubblewrap.")
+    monkeypatch.setattr("pefttools.grading.sandbox.available", entrance.available)
     with pytest.raises(GradeError, match="bubblewrap is not installed.*--unsafe-no-sandbox"):
         course.grade()
     assert not course.out.joinpath("gradebook.db").exists()
     found = course.grade(sandbox=False)
     assert not any(r.sandbox for r in found.values())
     assert "WITHOUT a sandbox" in course.lines[-2] and "WITHOUT a sandbox" in (course.out / "report.html").read_text()
-    monkeypatch.setattr(grading, "available", lambda: None)
+    monkeypatch.setattr(entrance, "available", lambda: None)
     course.grade()
     assert course.judged == EVERYBODY  # what ran without one is graded again with one
 
