@@ -126,22 +126,14 @@ class Conversation:
 
     async def close(self) -> None:
         """End the kernel with all that it started; the room's folders go. May be called again."""
-        if self.km is not None:  # first of all: until then it may go on sending
+        await self._deafen()  # first of all: until it is dead it may go on sending, and zmq would go on holding that
+        if self.km is not None:
             try:
                 if self.km.has_kernel:
                     await self.km.provisioner.kill()
                     await self.km.provisioner.wait()
             except (OSError, RuntimeError):
                 pass
-        for task in self._pumps:
-            task.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        self._pumps = []
-        if self.kc is not None:
-            self.kc.stop_channels()
-            if not self.kc.context.closed:
-                self.kc.context.destroy(linger=0)
-            self.kc = None
         if self.km is not None:
             try:
                 await self.km.cleanup_resources()
@@ -153,6 +145,18 @@ class Conversation:
 
             room, self.room = self.room, None
             await asyncio.get_running_loop().run_in_executor(None, clear, room)
+
+    async def _deafen(self) -> None:
+        """Receive nothing more, and let go of what was received."""
+        for task in self._pumps:
+            task.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        self._pumps = []
+        if self.kc is not None:
+            self.kc.stop_channels()
+            if not self.kc.context.closed:
+                self.kc.context.destroy(linger=0)
+            self.kc = None
 
     @property
     def hit(self) -> Any:
@@ -206,6 +210,7 @@ class Conversation:
                 if self._flood <= self.limits.output_bytes:
                     continue
             if _resident() - before > GROWTH:
+                await self._deafen()
                 return self._lost(ran, "output", "it sent more than can be held", "output")
             if not await self._alive():
                 await asyncio.sleep(0.1)

@@ -77,6 +77,7 @@ def bits_per_byte(model, tokenizer, texts: list[str], seq: int = 512) -> tuple[f
     Each document starts with the begin token; a later window begins with the last token of the one before, so that
     every token but the first is predicted exactly once.
     """
+    was_training = model.training
     model.eval()
     nats = tokens = 0
     windows = []
@@ -95,7 +96,7 @@ def bits_per_byte(model, tokenizer, texts: list[str], seq: int = 512) -> tuple[f
         nats += torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
         tokens += int((y[:, 1:] != -100).sum())
-    model.train()
+    model.train(was_training)
     size = sum(len(t.encode()) for t in texts)
     return nats / math.log(2) / size, nats / tokens
 
