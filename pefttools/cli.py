@@ -215,7 +215,7 @@ def run_grade(args: argparse.Namespace) -> int:
                 f"submissions, or one of {', '.join(path.stem for path in sources(root))}"
             )
         folder, chapter = None, args.what
-    from pefttools.grading.grade import grade
+    from pefttools.grading import grade
 
     grade(
         folder, chapter, args.out, force=args.force, workers=args.workers, scheduler=args.scheduler, seed=args.seed,

@@ -150,7 +150,7 @@ def test_build(monkeypatch, changed, args, code):
 
 def test_grade(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("pefttools.grading.grade.grade", lambda *args, **kwargs: seen.append((args, kwargs)))
+    monkeypatch.setattr("pefttools.grading.entrance.grade", lambda *args, **kwargs: seen.append((args, kwargs)))
     assert cli.main(["grade", str(tmp_path), "--chapter", "lora", "--force", "--out", "elsewhere"]) == 0
     plain = {"workers": None, "scheduler": None, "seed": None, "new_seed": False, "db": None, "sandbox": True}
     assert seen.pop() == ((tmp_path, "lora", Path("elsewhere")), {**plain, "force": True})

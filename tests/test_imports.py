@@ -25,7 +25,7 @@ HEADERS = set(HEAVY) - {"jupyter_client"}
 # Extensions of other programs, which those programs import (nbgrader's builder of chapters, Jupyter's sandboxed kernel),
 # and what grades a class with them. A reader's notebook imports none of these.
 NEEDS = {f"pefttools.grading.{name}": {"nbgrader", "jupyter_client", "nbclient"}
-         for name in ("release", "provisioner", "judged", "gradebook", "warm", "classroom", "feedback", "grade", "pool",
+         for name in ("release", "provisioner", "judged", "gradebook", "warm", "classroom", "feedback", "entrance", "pool",
                       "exports", "report", "run", "drill", "judging")}
 
 WATCH = """

@@ -20,7 +20,7 @@ NAMES = {
                          "unmerge": "model", "trainable": "model"},
     "pefttools.checkpoint": {"save_adapter": "model folder", "load_adapter": "model folder"},
     "pefttools.lab": {"load_base": "name", "load_data": "split", "train": "model data", "generate": None, "evaluate": None},
-    "pefttools.grading": {"Exercise": None, "check": "exercise work"},
+    "pefttools.grading": {"Exercise": None, "check": "exercise work", "grade": "submissions chapter out"},
 }
 DEFAULTS = {("pefttools.nf4", "quantize_nf4", "block_size"): 64, ("pefttools.nf4", "quantize_nf4", "double_quant"): False,
             ("pefttools.qlora", "NF4Linear", "double_quant"): True, ("pefttools.lora", "LoRALinear", "dropout"): 0.0,

@@ -199,6 +199,9 @@ class Conversation:
         while not (state["reply"] and state["idle"]):
             await self._tick()
             now = time.monotonic()
+            if _resident() - before > GROWTH:  # also after the reply: its last words may be what has no end
+                await self._deafen()
+                return self._lost(ran, "output", "it sent more than can be held", "output")
             if now > nudge and not state["reply"]:
                 gap *= 2
                 nudge = now + gap
@@ -209,9 +212,6 @@ class Conversation:
                     break
                 if self._flood <= self.limits.output_bytes:
                     continue
-            if _resident() - before > GROWTH:
-                await self._deafen()
-                return self._lost(ran, "output", "it sent more than can be held", "output")
             if not await self._alive():
                 await asyncio.sleep(0.1)
                 return self._died(ran, state)

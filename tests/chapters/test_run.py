@@ -18,7 +18,7 @@ import pytest
 
 from pefttools.grading.build import run, sources
 from pefttools.grading.chapter import dumps, read_chapter
-from pefttools.grading.grade import grade
+from pefttools.grading import grade
 from pefttools.grading.release import release
 from pefttools.grading.sandbox import available
 from pefttools.grading.source import registry

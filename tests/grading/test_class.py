@@ -18,12 +18,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from pefttools.grading import grade as entrance
+from pefttools.grading import entrance, grade
 from pefttools.grading import run as grading
 from pefttools.grading.chapter import dumps
 from pefttools.grading.classroom import Classroom, GradeError
 from pefttools.grading.drill import make_class, rows
-from pefttools.grading.grade import grade
 from pefttools.grading.judging import JudgedResult, entries_of, entries_spec, judge_one
 from pefttools.grading.pool import Pool, WorkerLost, default_workers
 from pefttools.grading.sandbox import available

@@ -1,4 +1,4 @@
-"""A class with attackers in it, graded as an instructor grades: `pefttools.grading.grade.grade`.
+"""A class with attackers in it, graded as an instructor grades: `pefttools.grading.entrance.grade`.
 
     hand-ins/a01-NAME …  the attackers, first  ─┐
     hand-ins/moe         blank                  ├─ grade() in a process of its own ─► rows, gradebook, feedback
@@ -184,7 +184,7 @@ def child() -> None:
     from dataclasses import asdict
 
     from hostile.entries import entries
-    from pefttools.grading.grade import grade
+    from pefttools.grading import grade
 
     root, hand_ins, answer, workers = sys.argv[1:]
     results = grade(hand_ins, root=root, entries=entries, workers=int(workers), seed=SEED)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pefttools.grading.grade import GradeError, Result, grade, table
+from pefttools.grading.entrance import GradeError, Result, grade, table
 from pefttools.grading.nbgrader_config import paths
 
 
