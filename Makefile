@@ -14,7 +14,7 @@ STALE = stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test build grade doctor bench-lab bench hostile clean stale
+.PHONY: help lab test build grade doctor bench-lab bench hostile vram-page clean stale
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -50,6 +50,9 @@ bench-lab: $(STAMP)  ## train the bundled model in eight ways, half an hour; wri
 
 bench: $(STAMP)  ## speed and memory beside peft and bitsandbytes, about an hour; writes docs/benchmarks.md (ARGS=--quick)
 	@$(PY) -m pefttools.bench --to docs/benchmarks.md $(ARGS)
+
+vram-page: $(STAMP)  ## the memory calculator as a page of its own, for demonstrations (needs: pip install voila)
+	@$(PY) -m pefttools.widgets.vram_page $(ARGS)
 
 hostile: $(STAMP)  ## attack the grader in every way we know, stock nbgrader beside it; writes docs/hostile.md
 	@$(PY) tests/hostile/table.py --to docs/hostile.md $(ARGS)

@@ -1,4 +1,4 @@
-"""One command for the course: `pefttools lab | doctor | build | grade | data | version`.
+"""One command for the course: `pefttools lab | doctor | build | grade | data | vram | finetune | version`.
 
 Each subcommand imports what it needs when it runs, so that `pefttools --help` answers at once. Exit codes: 0 done, 1 it
 was tried and something is wrong, 2 it was called wrongly.
@@ -118,6 +118,20 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--write", type=Path, metavar="FILE", help="write the whole split to FILE, one JSON object a line"
     )
+
+    from pefttools.lab import finetune
+    from pefttools.vram import command as vram
+
+    memory = command("vram", vram.run, "compute the GPU memory of a fine-tune before it is run, and what fits")
+    vram.add_arguments(memory)
+
+    tune = command(
+        "finetune",
+        finetune.run,
+        "fine-tune a model with any method of the library, its memory planned first",
+        epilog="Killed or stopped, the same command goes on from its last checkpoint in --out.",
+    )
+    finetune.add_arguments(tune)
 
     command("version", run_version, "print the version")
     return parser

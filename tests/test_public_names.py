@@ -19,6 +19,8 @@ NAMES = {
     "pefttools.inject": {"attach": "model config", "detach": "model", "disabled": "model", "merge": "model",
                          "unmerge": "model", "trainable": "model"},
     "pefttools.checkpoint": {"save_adapter": "model folder", "load_adapter": "model folder"},
+    "pefttools.vram": {"estimate": "model method batch seq", "simulate": "model method batch seq", "plan": "model gpu",
+                       "Memory": None},
     "pefttools.lab": {"load_base": "name", "load_data": "split", "train": "model data", "generate": None, "evaluate": None},
     "pefttools.grading": {"Exercise": None, "check": "exercise work", "grade": "submissions chapter out"},
 }
