@@ -19,7 +19,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).with_suffix(".json")
 M, STEPS, BATCH, CHOOSE, SEEDS = 16, 40, 8, 100, (0, 1, 2)
-RATES = {"bottleneck": (1e-2, 3e-2), "vector": (3e-2, 1e-1)}
+RATES = {"bottleneck": (1e-2, 3e-2), "vector": (3e-2, 1e-1), "half": (1e-2,)}   # half: the rate that "houlsby" chose
 LOWER, UPPER = (0, 1, 2), (3, 4, 5)          # the bundled model's six layers in two halves
 # name: (family, placement, further settings of AdapterConfig); RATES has the learning rates of a family
 WAYS: dict[str, tuple[str, str, dict]] = {
@@ -28,8 +28,8 @@ WAYS: dict[str, tuple[str, str, dict]] = {
     "input and output": ("bottleneck", "input_output", {}), "IA³": ("vector", "ia3", {}),
     "norms alone": ("vector", "norms", {}),
     "houlsby and norms": ("bottleneck", "houlsby", {"train_layer_norms": True}),
-    "houlsby, upper half": ("bottleneck", "houlsby", {"drop_layers": LOWER}),
-    "houlsby, lower half": ("bottleneck", "houlsby", {"drop_layers": UPPER}),
+    "houlsby, upper half": ("half", "houlsby", {"drop_layers": LOWER}),
+    "houlsby, lower half": ("half", "houlsby", {"drop_layers": UPPER}),
 }
 KNOWN_TASKS, NEW_TASK = ("lists", "strings", "numbers"), "sorting"
 
@@ -156,9 +156,10 @@ def results(path: Path = RESULTS) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def best_rate(runs: dict) -> str:
-    """The learning rate that the choosing seed found best."""
-    ended = {lr: seeds[str(CHOOSE)]["end"] for lr, seeds in runs.items() if seeds.get(str(CHOOSE), {}).get("end")}
+def best_rate(name: str, runs: dict) -> str:
+    """The learning rate that the choosing seed found best, of those that RATES has for this way."""
+    allowed = [f"{lr:g}" for lr in RATES[WAYS[name][0]]]
+    ended = {lr: runs[lr][str(CHOOSE)]["end"] for lr in allowed if runs.get(lr, {}).get(str(CHOOSE), {}).get("end")}
     return min(ended, key=ended.get)
 
 
@@ -168,7 +169,7 @@ def table(found: dict | None = None) -> list[dict]:
     for name, runs in (results() if found is None else found).items():
         if name not in WAYS:
             continue
-        lr = best_rate(runs)
+        lr = best_rate(name, runs)
         done = [run for seed, run in runs[lr].items() if int(seed) in SEEDS and run["end"] is not None]
         if len(done) > 1:
             ends = [run["end"] for run in done]
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             once(name, f"{lr:g}", CHOOSE)
     for seed in SEEDS:
         for name in names:
-            once(name, best_rate(found[name]), seed)
+            once(name, best_rate(name, found[name]), seed)
     for seed in SEEDS if any("hyper".startswith(start) for start in args.only) else ():
         if str(seed) not in found.setdefault("hyper", {}):
             found["hyper"][str(seed)] = meet_a_new_task(base, list(data), list(shuffled), seed)

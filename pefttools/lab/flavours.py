@@ -19,11 +19,11 @@ from pathlib import Path
 RESULTS = Path(__file__).with_suffix(".json")
 SEEDS, STEPS, BATCH, R, ALPHA, RATIO = (0, 1, 2), 20, 4, 8, 16, 16.0
 METHODS = ("full", "LoRA", "LoRA+", "DoRA")
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-RANKS, RANK_RATE = (4, 16, 64, 256), 1e-3
-BATCHES, BATCH_ROWS, BATCH_RATES = (2, 8, 32), 96, {"full": (3e-4, 1e-3, 3e-3), "LoRA": (3e-3, 1e-2, 3e-2)}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RANKS, RANK_RATE = (4, 16, 64), 1e-3
+BATCHES, BATCH_ROWS, BATCH_RATES = (2, 32), 96, {"full": (3e-4, 1e-3), "LoRA": (3e-3, 1e-2)}
 PLACES, PLACE_RATE = {"all 6 layers": None, "top 2": (4, 5), "middle 2": (2, 3), "bottom 2": (0, 1)}, 3e-3
-DROPOUTS, DROPOUT_ROWS, DROPOUT_STEPS, DROPOUT_RATE = (0.0, 0.1, 0.5), 16, 40, 1e-2
+DROPOUTS, DROPOUT_ROWS, DROPOUT_STEPS, DROPOUT_RATE = (0.0, 0.5), 16, 40, 1e-2
 
 
 def put_on(model, method: str, seed: int, r: int = R, alpha: float = ALPHA, layers=None, dropout: float = 0.0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,3 +300,11 @@ def test_the_table_of_exercises():
 
     text = table()
     assert all(task.name in text for task in TASKS)
+
+
+def test_the_page_of_exercises_is_what_the_registry_says():
+    from pefttools.grading.exercises.__main__ import page
+
+    kept = Path(__file__).parents[2] / "docs" / "exercises.md"
+    assert kept.read_text(encoding="utf-8") == page(), \
+        "make it anew: python -m pefttools.grading.exercises --to docs/exercises.md"
