@@ -19,6 +19,7 @@ from pefttools.vram.shape import FAMILIES
 
 # transformers' defaults of fields that the formula reads and the presets leave out: GPT2Config, OPTConfig
 DEFAULTS = {"gpt2": {"resid_pdrop": 0.1, "attn_pdrop": 0.1, "n_inner": None}, "opt": {"enable_bias": True}}
+PATTERN = {"gemma2": 2, "gemma3_text": 6}                      # every so manieth layer looks back to the beginning
 
 
 def plain_config(model: Any) -> Any:
@@ -33,4 +34,8 @@ def _of_preset(name: str) -> Any:
     fields = PRESETS[name][0]
     if fields["model_type"] not in FAMILIES:                   # the formula will say that it does not know it
         return None
-    return SimpleNamespace(**{**DEFAULTS.get(fields["model_type"], {}), **fields})
+    added = dict(DEFAULTS.get(fields["model_type"], {}))
+    if every := PATTERN.get(fields["model_type"]):
+        added["layer_types"] = ["sliding_attention" if layer % every else "full_attention"
+                                for layer in range(1, fields["num_hidden_layers"] + 1)]
+    return SimpleNamespace(**{**added, **fields})

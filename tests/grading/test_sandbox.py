@@ -246,7 +246,10 @@ def test_writing_nowhere_but_in_its_folders(room):
         open('/dev/null', 'w').write('x')
         """)
     opened = [line for line in ended.said.splitlines() if line.startswith("OPENED")]
-    assert ended.said.splitlines()[:5] == ["/scratch", "/tmp", "/dev/shm", "/exchange", str(room.sockets)]
+    # a Python below /tmp is bound into the sandbox's own /tmp, where the folder above it is the sandbox's too
+    above = os.path.dirname(sys.prefix)
+    said = [line for line in ended.said.splitlines() if line != above or not above.startswith("/tmp/")]
+    assert said[:5] == ["/scratch", "/tmp", "/dev/shm", "/exchange", str(room.sockets)]
     assert opened == []
 
 
