@@ -66,6 +66,7 @@ def test_bits_per_byte_of_a_uniform_model(tiny, small):
     text = "x = 1\n" * 300
     n = len(tiny.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
     bpb, nats = pretrain.bits_per_byte(small, tiny.tokenizer, [text], seq=64)
+    assert not small.training                # as it was given
     assert nats == pytest.approx(np.log(len(tiny.tokenizer)), rel=1e-5)
     assert bpb == pytest.approx(n * np.log2(len(tiny.tokenizer)) / len(text), rel=1e-5)
 
