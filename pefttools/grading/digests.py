@@ -18,7 +18,7 @@ from pefttools.grading.exercise import LAZY, Exercise, ExerciseError
 from pefttools.grading.stage import PACKAGE, closure, imported
 
 # What decides a verdict; a change in how hand-ins are taken in, run in parallel or reported is no reason to grade anew.
-JUDGES = ("artefact", "compare", "exercise", "inside", "judge", "judged", "marking", "needed", "plain", "probe",
+JUDGES = ("artefact", "compare", "exercise", "inside", "judge", "judged", "leaves", "marking", "needed", "plain", "probe",
           "question", "reading", "room", "stage", "wire")
 
 

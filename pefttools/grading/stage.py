@@ -32,7 +32,7 @@ from pefttools.grading.exercise import Exercise, ExerciseError
 
 MAGIC = re.compile(r"\s*[%!]")
 PACKAGE = Path(__file__).resolve().parents[1]
-INSIDE = ("exercise", "inside", "plain", "probe", "room", "wire")  # of pefttools.grading; nothing of it is secret
+INSIDE = ("exercise", "inside", "leaves", "plain", "probe", "room", "wire")  # of pefttools.grading; nothing of it is secret
 STAND_IN = '''\
 """Stands for pefttools.grading while a notebook is graded: the checks are made elsewhere, by the grader."""
 

