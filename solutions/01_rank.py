@@ -47,8 +47,8 @@ print("ready: torch", torch.__version__)
 # point in all directions, and look at the outputs. Here are three layers with three outputs each:
 
 # %%
-show(pictures.plane_picture(), alt="Three clouds of points in space. Rank 3: they fill it. Rank 2: they lie in a plane. "
-     "Rank 1: on a line.")
+show(pictures.plane_picture(), alt="Three clouds of points in space. Rank 3: they fill it. Rank 2: all lie in a plane, which is "
+     "drawn. Rank 1: all lie on a line.")
 
 # %% [markdown]
 # *All three layers have three outputs. Only the first one uses three directions.*
@@ -95,8 +95,11 @@ show(pictures.product_picture(), alt="A hatched 6 by 8 block W, 48 numbers, equa
 # 3. Put the zero row last. What is left is $(1,2,3)$, $(0,-1,-2)$, $(0,0,0)$: **two** rows that are not zero, and
 #    neither is a multiple of the other, since the second starts with a 0. The rank is 2.
 #
-# The first entry of a row that is not zero is its **pivot**. One may go on, make the pivots 1, and clear the entries
-# above them too. The same in code, with every step:
+# A row's first entry other than 0 is its **pivot**. One may go on, make the pivots 1, and clear the entries above them
+# too; that is the **reduced** form, which you will write. The order is always the same: column by column from the left;
+# in each column look for a row that has something there and has no pivot yet, bring it up, and clear the column. A column
+# in which there is no such row is passed over. The same in code, with every step ($\leftarrow$ means "becomes",
+# $\leftrightarrow$ "change places"):
 
 # %%
 A = [[1, 2, 3], [2, 4, 6], [1, 1, 1]]
@@ -165,8 +168,8 @@ check("row-operation", subtract_row)
 # Write `row_echelon(A)`, the **reduced row echelon form**: `A` is a list of rows of `Fraction`s; return a new list of
 # as many rows such that
 #
-# - the first entry of a row that is not zero is a 1, its pivot, and it is the only entry of its column that is not
-#   zero;
+# - in every row that is not all zeros the first entry other than 0 is a 1, its pivot, and everything else in the pivot's
+#   column is 0, above it and below it;
 # - each pivot is further right than the one above it; rows of zeros come last.
 #
 # Each matrix has exactly one such form, whichever way you reach it.
@@ -234,10 +237,13 @@ floats = library_row_echelon([[x / 10 for x in row] for row in tenths], tol=0.0)
 tolerant = library_row_echelon([[x / 10 for x in row] for row in tenths])
 print("exact:", exact.rank, "   floats, anything but 0 is a pivot:", floats.rank, "   floats, with a tolerance:", tolerant.rank)
 print("the third pivot of the middle one:", floats.matrix[2][2])
+sums = {f"{a / 10} + {b / 10}": (a / 10 + b / 10, c / 10) for a, b, c in zip(*tenths)}
+print("R1 + R2 and R3 in floats:", {name: f"{found!r}, not {wanted!r}" if found != wanted else "exact" for name, (found, wanted) in sums.items()})
+assert sums["0.3 + 0.6"][0] != 0.9 and floats.rank == 3 and exact.rank == tolerant.rank == 2
 
 # %% [markdown]
-# In floats 0.1 + 0.4 is not quite 0.5, a crumb of some $10^{-16}$ remains, and the crumb is counted as a direction.
-# With real weights there are nothing but crumbs. So from here on "rank" means **rank up to a tolerance**, and the
+# In floats 0.3 + 0.6 is not quite 0.9, a crumb of some $10^{-16}$ remains, and the crumb is counted as a direction.
+# Real weights have been rounded at every step, so that hardly any sum in them is exact. So from here on "rank" means **rank up to a tolerance**, and the
 # tool is another one: the singular values, below.
 #
 # (Source 000 ends with the rule to count the non-zero rows or columns, "whichever is minimum". After row elimination
@@ -278,7 +284,7 @@ x = torch.randn(1000, n, generator=rng)
 y = x @ W.T                                                  # [1000, 100]
 rank_W, rank_y = library_rank(W), library_rank(y)
 first_ten = y[:, :k]
-rest = torch.linalg.lstsq(first_ten, y).solution             # [10, 100]: the 100 outputs out of the first ten
+rest = torch.linalg.lstsq(first_ten, y).solution             # [10, 100]: the best first_ten @ rest ≈ y (least squares)
 rest_error = ((first_ten @ rest - y).norm() / y.norm()).item()
 print(f"rank of W: {rank_W}, rank of 1000 outputs: {rank_y}; all 100 outputs from the first ten, error {rest_error:.0e}")
 
@@ -292,16 +298,16 @@ after_all = y @ V.T
 dropped = ((first_ten @ V[:, :k].T - after_all).norm() / after_all.norm()).item()
 folded = ((first_ten @ (V @ rest.T).T - after_all).norm() / after_all.norm()).item()
 rank_relu = library_rank(torch.relu(y))
-dropped_relu = torch.relu(y)
-relu_error = torch.linalg.lstsq(dropped_relu[:, :k], dropped_relu).solution
-relu_error = ((dropped_relu[:, :k] @ relu_error - dropped_relu).norm() / dropped_relu.norm()).item()
+bent = torch.relu(y)
+rest_of_bent = torch.linalg.lstsq(bent[:, :k], bent).solution
+relu_error = ((bent[:, :k] @ rest_of_bent - bent).norm() / bent.norm()).item()
 print(f"90 outputs dropped: the next layer's result is off by {dropped:.0%};  folded into the other ten: {folded:.0e}")
 print(f"behind a ReLU the 100 outputs have rank {rank_relu}; from the first ten they can no longer be made (error {relu_error:.0%})")
 
 # %% [markdown]
-# - They can be **folded**, exactly, as long as all that follows is linear. (Merging and cutting matrices live on
-#   that.)
-# - They cannot be **dropped**: the next layer counts on them.
+# - They can be **folded**, exactly, as long as all that follows is linear: so much is right of 2. (Merging and cutting
+#   matrices live on that.)
+# - They cannot be **dropped**: the next layer counts on them, so 3 is wrong as it stands.
 # - Behind a **nonlinearity** even folding ends: a ReLU bends each of the 100 combinations at another place, and the
 #   100 numbers that come out fill 100 dimensions. (So a wide layer behind a narrow one is not wasted, as long as
 #   something bends in between.)
@@ -338,7 +344,7 @@ def descend(weight, parameters, lr, steps=40):
 
 
 free = W.clone().requires_grad_()
-ranks_free, losses_free, gradient = descend(lambda: free, [free], lr=20.0)
+ranks_free, losses_free, gradient = descend(lambda: free, [free], lr=20.0)    # large, as the mean is over 25,600 errors
 U, S, Vh = torch.linalg.svd(W, full_matrices=False)
 b, a = (U[:, :k] * S[:k].sqrt()).requires_grad_(), (S[:k].sqrt()[:, None] * Vh[:k]).requires_grad_()
 ranks_factors, losses_factors, _ = descend(lambda: b @ a, [b, a], lr=5.0, steps=40)
@@ -403,7 +409,7 @@ print(f"rank of B·A after training: {ranks_factors[-1]}")
 # | $u_i$, columns of $U$ | where they are sent, also of length 1 and at right angles | $m$ |
 # | $\sigma_i$, diagonal of $S$ | **singular values**: how much longer they become on the way | one number each |
 #
-# The rank is the number of $\sigma_i$ that are not 0. See it on a picture, which is a matrix too (one number per
+# (In code `Vh` is $V^\top$: its *rows* are the $v_i$.) The rank is the number of $\sigma_i$ that are not 0. See it on a picture, which is a matrix too (one number per
 # pixel). Keep the first $k$ terms of the sum:
 
 # %%
@@ -470,8 +476,8 @@ print("exactly zero:", exact_zeros, "   above numpy's tolerance:", numerical)
 #
 # $$\text{count } \sigma_i > \sigma_1 \cdot \max(m, n) \cdot \varepsilon ,$$
 #
-# where $\varepsilon$ is the rounding of the number type: $2.2 \cdot 10^{-16}$ for float64, $1.2 \cdot 10^{-7}$ for
-# float32. It grows with $\sigma_1$, so that multiplying the matrix by a number changes nothing, and with the size,
+# where $\varepsilon$ is the rounding of the number type, the step from 1 to the next number: $2.2 \cdot 10^{-16}$ for
+# float64, $1.2 \cdot 10^{-7}$ for float32 (`torch.finfo(dtype).eps`). It grows with $\sigma_1$, so that multiplying the matrix by a number changes nothing, and with the size,
 # because rounding errors add up.
 #
 # It also has to know where the numbers come from. The bfloat16 matrix above, read as float32, has a rank in the
@@ -481,7 +487,7 @@ print("exactly zero:", exact_zeros, "   above numpy's tolerance:", numerical)
 # %% [markdown] exercise="matrix-rank"
 # Write `matrix_rank(A, tol=None)`: how many singular values of the tensor `A` `[m, n]` are larger than `tol`. If
 # `tol` is `None`, take numpy's rule, with the $\varepsilon$ of `A`'s own dtype. A `tol` that is given counts as it
-# is. Return a whole number.
+# is, also if it is 0. Return a whole number.
 #
 # *Why it matters:* you will read "this adapter has rank 8" in many places, and can check it in one line.
 
@@ -541,24 +547,24 @@ def best_within(columns):
     return (M - Q @ (Q.T @ M)).norm().item()
 
 
-def best_of_200(draw):
-    return min(best_within(draw()) for _ in range(200))
+def best_of_100(draw):
+    return min(best_within(draw()) for _ in range(100))
 
 
-rivals = {"k columns of M": best_of_200(lambda: M[:, torch.randperm(40, generator=rng)[:k]]),
-          "k random mixtures of its columns": best_of_200(lambda: M @ torch.randn(40, k, generator=rng)),
+rivals = {"k columns of M": best_of_100(lambda: M[:, torch.randperm(40, generator=rng)[:k]]),
+          "k random mixtures of its columns": best_of_100(lambda: M @ torch.randn(40, k, generator=rng)),
           "the SVD's directions, shaken by 5 %":
-              best_of_200(lambda: U[:, :k] + 0.05 * torch.randn(30, k, generator=rng) / 30**0.5)}
+              best_of_100(lambda: U[:, :k] + 0.05 * torch.randn(30, k, generator=rng) / 30**0.5)}
 factors = [torch.randn(30, k, generator=rng).requires_grad_(), torch.randn(k, 40, generator=rng).requires_grad_()]
 adam = torch.optim.Adam(factors, lr=0.05)
-for step in range(800):
+for step in range(400):
     adam.zero_grad()
     (factors[0] @ factors[1] - M).square().sum().backward()
     adam.step()
-rivals["two factors, trained by Adam for 800 steps"] = (factors[0] @ factors[1] - M).norm().item()
+rivals["two factors, trained by Adam for 400 steps"] = (factors[0] @ factors[1] - M).norm().item()
 print(f"promised by the formula {promised:.4f}, reached by the SVD {svd_distance:.4f}")
 for name, distance in rivals.items():
-    print(f"   {distance / promised:.4f} × that: {name}" + (", best of 200" if "Adam" not in name else ""))
+    print(f"   {distance / promised:.4f} × that: {name}" + (", best of 100" if "Adam" not in name else ""))
 never_beaten = min(rivals.values()) >= promised * (1 - 1e-5)
 
 # %% [markdown]
@@ -663,7 +669,8 @@ print(f"{factor_numbers:,} of {512 * 1024:,} numbers ({factor_numbers / (512 * 1
 print("relative error at k = 50:", {name: f"{v:.0%}" for name, v in lost.items()})
 
 # %% [markdown]
-# The count is right, the $\approx$ is not, for a weight. It was meant for the *change* of a weight, $\Delta W$, and
+# The count is right, the $\approx$ is not, for a weight: rank 50 holds of real weights hardly more than of random numbers.
+# It was meant for the *change* of a weight, $\Delta W$, and
 # everything depends on that difference. So let us look at real ones.
 
 # %% [markdown]
@@ -720,22 +727,22 @@ check("effective-rank", effective_rank)
 kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def layers_mean(matrices: dict, measure) -> dict[str, float]:
-    """{kind: mean of measure(matrix) over the model's layers}."""
-    found = {kind: [measure(M) for name, M in matrices.items() if f".{kind}." in name] for kind in kinds}
-    return {kind: sum(values) / len(values) for kind, values in found.items()}
+def measured(matrices: dict) -> tuple[dict, dict, dict]:
+    """Of matrices by name: {kind: the numerical ranks that occur, as a text}, and of each kind the means over the layers of
+    the effective rank and of the share of the energy Σσ² that the first 8 directions hold."""
+    found = {kind: [] for kind in kinds}
+    for name, M in matrices.items():
+        S = torch.linalg.svdvals(M)                            # once, for all three
+        tol = S[0] * max(M.shape) * torch.finfo(M.dtype).eps
+        found[name.split(".")[-2]].append((int((S > tol).sum()), torch.special.entr(S / S.sum()).sum().exp().item(), energy_in(S)))
+    ranks, eranks, heads = ({kind: [three[i] for three in values] for kind, values in found.items()} for i in range(3))
+    return ({kind: ", ".join(map(str, sorted(set(values)))) for kind, values in ranks.items()},
+            *({kind: sum(values) / len(values) for kind, values in each.items()} for each in (eranks, heads)))
 
 
-def ranks(matrices: dict) -> dict[str, str]:
-    """{kind: the numerical ranks that occur, as a text}."""
-    found = {kind: {library_rank(M) for name, M in matrices.items() if f".{kind}." in name} for kind in kinds}
-    return {kind: ", ".join(map(str, sorted(values))) for kind, values in found.items()}
-
-
-def head(M, k: int = 8) -> float:
-    """Share of the energy Σσ² that the first k directions hold."""
-    energy = torch.linalg.svdvals(M).square()
-    return (energy[:k].sum() / energy.sum()).item()
+def energy_in(S, k: int = 8) -> float:
+    """Share of the energy Σσ² that the first k of the singular values hold."""
+    return (S[:k].square().sum() / S.square().sum()).item()
 
 
 def table(rows: list) -> None:
@@ -744,8 +751,8 @@ def table(rows: list) -> None:
 
 rng = torch.Generator().manual_seed(6)
 random_ones = {name: torch.randn(W.shape, generator=rng) for name, W in weights.items()}
-base_ranks, base_erank, base_head = ranks(weights), layers_mean(weights, library_effective_rank), layers_mean(weights, head)
-random_erank, random_head = layers_mean(random_ones, library_effective_rank), layers_mean(random_ones, head)
+base_ranks, base_erank, base_head = measured(weights)
+_, random_erank, random_head = measured(random_ones)
 shape = {kind: " × ".join(map(str, next(W.shape for name, W in weights.items() if f".{kind}." in name))) for kind in kinds}
 table([("", *(f"`{kind}`" for kind in kinds)), ("---",) * 8,
        ("size", *shape.values()),
@@ -754,7 +761,7 @@ table([("", *(f"`{kind}`" for kind in kinds)), ("---",) * 8,
        ("… of random numbers", *(f"{v:.0f}" for v in random_erank.values())),
        ("energy in the first 8", *(f"{v:.0%}" for v in base_head.values())),
        ("… of random numbers", *(f"{v:.0%}" for v in random_head.values()))])
-full_rank = all(library_rank(W) == min(W.shape) for W in weights.values())
+full_rank = all(base_ranks[kind] == str(min(next(W.shape for name, W in weights.items() if f".{kind}." in name))) for kind in kinds)
 print("every weight matrix has full rank:", full_rank)
 
 # %% [markdown]
@@ -769,7 +776,7 @@ print("every weight matrix has full rank:", full_rank)
 
 # %%
 train_rows = encoded(load_data("train"), tokenizer)
-held_out = load_data("held_out").shuffle(seed=0).select(range(steps(96, quick=16)))
+held_out = load_data("held_out").shuffle(seed=0).select(range(steps(64, quick=16)))
 asked = [held_out[i] for i in range(2)]
 loss_base = held_out_loss(model, tokenizer, held_out)
 said_before = generate(model, tokenizer, [prompt_of(row) for row in asked], max_new_tokens=40)
@@ -793,10 +800,11 @@ for row, before, after in zip(asked, said_before, said_after):
         print(f"  [{label}]\n" + "\n".join("    " + line for line in text.strip().splitlines()[:5]))
 
 # %%
-delta_ranks, delta_erank, delta_head = ranks(deltas), layers_mean(deltas, library_effective_rank), layers_mean(deltas, head)
-spectra = {"random numbers": random_ones, "W before (up_proj)": weights, "ΔW (up_proj)": deltas}
-spectra = {name: layers_mean(matrices, lambda M: (S := torch.linalg.svdvals(M)) / S[0])["up_proj"].tolist()
-           for name, matrices in spectra.items()}
+delta_ranks, delta_erank, delta_head = measured(deltas)
+spectra = {}
+for what, matrices in {"random numbers": random_ones, "W before (up_proj)": weights, "ΔW (up_proj)": deltas}.items():
+    of_layers = [torch.linalg.svdvals(M) for name, M in matrices.items() if ".up_proj." in name]
+    spectra[what] = (sum(S / S[0] for S in of_layers) / len(of_layers)).tolist()
 show(pictures.spectra_figure(spectra, ylim=(5e-3, 1.5)), alt="Singular values relative to the largest, on a logarithmic axis. "
      "Those of random numbers fall slowly, those of W a little faster, those of Delta W by far the fastest within the first dozen.")
 table([("", *(f"`{kind}`" for kind in kinds)), ("---",) * 8,
@@ -834,9 +842,9 @@ def loss_when_cut(what: str, k: int) -> float:
     return held_out_loss(tuned, tokenizer, held_out)
 
 
-cut_at = [1, 2, 4, 8, 16, 32, 64, 128] if steps(1, quick=0) else [2, 32]
-cut = {"rank k of ΔW, on top of the whole W₀": [(k, loss_when_cut("ΔW", k)) for k in cut_at],
-       "rank k of the weight W₀ + ΔW itself": [(k, loss_when_cut("W", k)) for k in cut_at]}
+cut_at = {"ΔW": [1, 2, 4, 8, 16, 32, 128], "W": [1, 8, 32, 128]} if steps(1, quick=0) else {"ΔW": [2, 32], "W": [2, 32]}
+cut = {"rank k of ΔW, on top of the whole W₀": [(k, loss_when_cut("ΔW", k)) for k in cut_at["ΔW"]],
+       "rank k of the weight W₀ + ΔW itself": [(k, loss_when_cut("W", k)) for k in cut_at["W"]]}
 of_delta, of_weight = (dict(points) for points in cut.values())
 gained = {k: (loss_base - loss) / (loss_base - loss_tuned) for k, loss in of_delta.items()}
 show(pictures.truncation_figure(cut, loss_base, loss_tuned), alt="Held-out loss against the rank kept. Delta W cut to rank k: " +
@@ -974,14 +982,15 @@ typical = linear.square().mean().sqrt()
 near_zero = (linear.abs() < 0.01 * typical).float().mean().item()
 shares = linear.square().sort(descending=True).values.cumsum(0) / linear.square().sum()
 half = (int((shares < 0.5).sum()) + 1) / len(linear)
-gradient_energy = sum(head(grads[name]) for name in weights) / len(weights)
+gradient_energy = sum(energy_in(torch.linalg.svdvals(grads[name])) for name in weights) / len(weights)
 print(f"linear layers: {near_zero:.1%} of the gradient's entries are below a hundredth of its typical size;")
 print(f"   half of its energy is in {half:.1%} of the entries")
 print(f"as matrices: the first 8 directions of a layer's gradient hold {gradient_energy:.0%} of its energy")
 
 # %% [markdown]
-# Some parameters have far larger gradients than others, that much is true. But the rest are not near zero: nearly all
-# have a gradient worth the name, and half of the energy is theirs. What *is* small is the number of directions **of each
+# Some parameters have far larger gradients than others, that much is true: a few in a thousand hold half of the energy. But
+# the rest are not near zero. They hold the other half, hardly any is below a hundredth of the typical size, and a random
+# direction, which listens to all of them, finds something to follow. What *is* small is the number of directions **of each
 # matrix**: gradients are steep as matrices, which is the picture of $\Delta W$ above. "Few directions" and "few
 # parameters" are different things.
 #
@@ -1001,7 +1010,7 @@ from pefttools.intrinsic import d90 as library_d90
 from pefttools.lab.intrinsic_dimension import learning_rate, read
 
 D = sum(p.numel() for p in model.parameters())
-short = steps(full=40, quick=2)
+short = steps(full=25, quick=2)
 losses_here = {}
 for d in (300, 3_000, 30_000):
     adapters.attach(model, IntrinsicConfig(d=d, seed=0))
@@ -1115,7 +1124,7 @@ display(Markdown(
 #   it off; on a grid of $d$ it is an upper bound. Source 001 says that it is "measured in hundreds". That is
 #   RoBERTa-large's: about 200 of 355 million on MRPC, a yes-or-no task, in Aghajanyan et al. (2020), who also find
 #   that *larger* models need *less*. Ours is small and has to write programs.
-# - LoRA's points (green; its learning rate was not tuned) do not lie above the curve. So its directions are, per
+# - LoRA's points (diamonds; its learning rate was not tuned) do not lie above the curve. So its directions are, per
 #   number, no better here than random ones. What it has over them is the price: $P v$ moves all $D$ parameters, and
 #   needs the gradient of every one to find the gradient of $v$. $B$ and $A$ never touch the rest.
 #
@@ -1253,7 +1262,7 @@ rows = [
     ("000", "512 × 1024 ≈ 512 × 50 · 50 × 1024: 76,800 numbers", f"{factor_numbers:,}", verdict(factor_numbers == 76_800)),
     ("000", "… written for a weight, $W^T \\approx AB$", "error " + ", ".join(f"{v:.0%} ({name})" for name, v in lost.items()),
      verdict(lost["real weights"] < 0.2, "✓", "✗ for weights")),
-    ("000, 003", "the change $\\Delta W$ has a low intrinsic rank", "its rank is full, but of the gain "
+    ("000, 003", "the change $\\Delta W$ has a low intrinsic rank", f"its rank in `q_proj` is {delta_ranks['q_proj']} of 256, but of the gain "
      + ", ".join(f"{k} directions keep {v:.0%}" for k, v in gained.items() if k in (2, 8, 32)),
      verdict(share_8 > 0.5, "✓ in effect", "not here")),
     ("000", "other directions have near-zero gradients",

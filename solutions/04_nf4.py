@@ -127,13 +127,14 @@ check("nearest-level", nearest_level)
 # |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 # | value | −1.51 | −1.14 | −0.91 | −0.76 | −0.59 | −0.44 | −0.30 | −0.18 | −0.06 | 0.06 | 0.18 | 0.30 | 0.44 | 0.59 | 0.76 | 1.00 |
 #
-# 1. Mean 0.1967, standard deviation 0.411.
+# 1. Mean 0.1967, standard deviation 0.411 (the root of the mean square: divided by 6, not by 5).
 # 2. Subtract the one, divide by the other: $(-0.357, -1.209, 1.833, -0.478, -0.527, 0.736)$.
 # 3. The nearest entries of the table: $(-0.44, -1.14, 1.0, -0.44, -0.44, 0.76)$.
 # 4. Their codes: 0101, 0001, 1111, 0101, 0101, 1110.
 #
-# **There are errors in it.** Check steps 2 and 3 with pencil and paper before you go on: the first and the fifth weight
-# will do. Then let the computer do all six.
+# **There are errors in it**: a number of step 2 is off in its third digit, and two of step 3 are not the nearest ones. Check
+# with pencil and paper before you go on: for step 2 the last weight will do, for step 3 the first and the fifth. Then let the
+# computer do all six.
 
 # %%
 def library_nearest(values, levels):
@@ -742,9 +743,11 @@ double_rows = {"NF4": {"codes": 4, "absmax, 32 bits for 64 weights": 32 / 64},
                                             "absmax of absmaxes": 32 / (64 * 256)}}
 show(pictures.budget_figure(double_rows), alt="Two bars of bits per weight, from 3.9 on. NF4: 4 for codes and 0.5 for absmax, 4.5 "
      "in all. With double quantization: 4 for codes, 0.125 for 8-bit absmaxes and a sliver of 0.002, 4.127 in all.")
+saved_bits = sum(double_rows["NF4"].values()) - sum(double_rows["with double quantization"].values())
+print(f"saved: {saved_bits:.3f} bits a weight; of 65 billion weights {65e9 * saved_bits / 8 / 1e9:.2f} GB")
 
 # %% [markdown]
-# *What is saved is 0.373 bits a weight.* Small? For a model of 65 billion weights it is 3 GB.
+# *What is saved is 0.373 bits a weight.* Small? For a model of 65 billion weights it is 3 GB, as the line above counts.
 
 # %% [markdown] exercise="double-quantize"
 # Write `double_quantize(absmax, code, block_size)`.

@@ -55,7 +55,7 @@ show(pictures.roads_picture(), alt="Two diagrams. Forward: x goes over two roads
      "W is dequantized a second time.")
 
 # %% [markdown]
-# *Only $A$ and $B$ (blue) learn. The codes and scales (orange) are all that stays in memory of $W$.*
+# *Only $A$ and $B$ (orange) learn. The codes and scales (grey) are all that stays in memory of $W$.*
 #
 # $$y = \underbrace{\operatorname{dequantize}(q)}_{W}\,x + b + \frac{\alpha}{r}\,B\,A\,x$$
 #
@@ -227,7 +227,7 @@ check("what-stays", base_bytes)
 # move, relative to their size, for how many bytes saved?
 
 # %%
-rows_few = load_data("held_out").shuffle(seed=3).select(range(16))
+rows_few = load_data("held_out").shuffle(seed=3).select(range(8))
 
 
 def distance(model, reference):
@@ -274,15 +274,33 @@ pictures.bytes_explorer();
 # %% [markdown]
 # *Above, three ways to train the same layer; below, a block of its weights, byte by byte.* Things to try:
 #
-# - From which rank on is QLoRA's **adapter** larger than its 4-bit weight? (At width 256 it happens early.)
-# - What does `adam bits = 8` change for `full`, whose green part is the largest? And for LoRA?
+# - From which rank on does QLoRA's **adapter**, with its gradients and moments, take more than its 4-bit weight? (At width 256
+#   it happens early.)
+# - What does `adam bits = 8` change for `full`, where Adam's moments are the largest part? And for LoRA?
 # - Double quantization off: how much of a bar is that?
+#
+# Guess first; the answers, counted by the function that draws the bars:
 
 # %%
 for width in (256, 2048, 8192):
     ways = {way: sum(parts.values()) for way, parts in pictures.layer_bytes(width, width).items()}
     print(f"width {width:5}: full {ways['full'] / 2**20:8.2f} MiB, LoRA {ways['LoRA'] / 2**20:7.2f}, QLoRA {ways['QLoRA'] / 2**20:7.2f};  "
           f"full / QLoRA = {ways['full'] / ways['QLoRA']:.1f}")
+
+
+def of_adapter(width, r):
+    """Bytes of A and B with their gradients and moments, as a share of the 4-bit weight's."""
+    parts = pictures.layer_bytes(width, width, r=r)["QLoRA"]
+    weight = parts["4-bit codes"] + parts["scales"]
+    return (sum(parts.values()) - weight) / weight
+
+
+print("the adapter outgrows its 4-bit weight at r =", {width: next(r for r in range(1, width) if of_adapter(width, r) > 1) for width in (256, 2048)})
+for way in ("full", "LoRA"):
+    wide, narrow = (sum(pictures.layer_bytes(adam_bits=bits)[way].values()) for bits in (32, 8))
+    print(f"8-bit Adam takes {1 - narrow / wide:.0%} off the bar of {way}")
+single = sum(pictures.layer_bytes(double_quant=False)["QLoRA"].values()) / sum(pictures.layer_bytes()["QLoRA"].values())
+print(f"without double quantization QLoRA's bar is {single - 1:.1%} longer")
 
 # %% [markdown]
 # ## The backward pass, by hand
@@ -421,9 +439,10 @@ print({k: f"{v:,} bytes of dequantized weights wait" for k, v in kept.items()}, 
 # - `forward(x)`, `[..., d_in] → [..., d_out]`, with right gradients for $x$, $A$ and $B$;
 # - **between forward and backward nothing of $W$'s size is in memory.**
 #
-# For the last point write a `torch.autograd.Function` for the frozen product: its `forward(ctx, x, q)` may put `q` on `ctx`
-# (`ctx.q = q`), and its `backward(ctx, g)` returns one gradient for each argument of forward, `None` for `q`. Use it by
-# `.apply(x, q)`.
+# For the last point write a `torch.autograd.Function` for the frozen product (in the place of `FrozenProduct = ...`): a class with
+# two static methods. `forward(ctx, x, q)` returns the product and may put `q` on `ctx` (`ctx.q = q`), the object that PyTorch hands
+# on to the other method; `backward(ctx, g)` gets the gradient of what forward returned, and returns one gradient for each argument
+# of forward, `None` for `q`. It is not called like a layer but by `FrozenProduct.apply(x, q)`. The parameters' names are up to you.
 #
 # *Why it matters:* without this, a 4-bit model takes more memory in training than a 16-bit one.
 
@@ -550,7 +569,7 @@ def qlora_in_dtype(x, q, A, B, alpha, compute_dtype):
 check("compute-dtype", qlora_in_dtype)
 
 # %% [markdown] hint="compute-dtype" level="nudge"
-# Four casts or fewer: two before the frozen product, one after it. The adapter's road needs none.
+# Three casts are enough: two before the frozen product, one after it. The adapter's road needs none.
 
 # %% [markdown] hint="compute-dtype" level="shape"
 # `x.to(compute_dtype)` gives a cast copy; `x` itself stays float32 for the adapter.
@@ -631,25 +650,25 @@ def state_bytes(optimizer) -> int:
 
 
 def after_a_step(model, bits):
+    """Bytes of the optimizer's state once it has taken a step with the gradients that are there."""
     optimizer = adamw(model, lr=1e-4, bits=bits)
-    (loss_sum(model, few) / 100).backward()
     optimizer.step()
-    model.zero_grad()
     return state_bytes(optimizer)
 
 
-moments = {}
+moments, trained = {}, {}
 for way in ("full", "QLoRA"):
+    model = ahead.prepared(original, way, 0)
+    (loss_sum(model, few) / 100).backward()
+    trained[way] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for bits in (32, 8):
-        moments[way, bits] = after_a_step(ahead.prepared(original, way, 0), bits)
-trained = {way: adapters.count_parameters(ahead.prepared(original, way, 0))[0] if way == "QLoRA" else sum(p.numel() for p in original.parameters())
-           for way in ("full", "QLoRA")}
+        moments[way, bits] = after_a_step(model, bits)
 for way in ("full", "QLoRA"):
     print(f"{way:6} trains {trained[way]:9,}: moments {moments[way, 32]:11,} bytes in 32 bits, {moments[way, 8]:11,} in 8 "
           f"({moments[way, 8] / trained[way]:.2f} a parameter)")
 print(f"the 4-bit weights of this model take {codes_bytes:,} bytes")
 try:
-    adamw(ahead.prepared(original, "QLoRA", 0), lr=1e-4, paged=True)
+    adamw(model, lr=1e-4, paged=True)
 except ValueError as error:
     print("paged here:", error)
 
@@ -662,10 +681,10 @@ except ValueError as error:
 
 # %%
 held_out = load_data("held_out")
-scored = held_out.shuffle(seed=0).select(range(steps(96, quick=12)))
+scored = held_out.shuffle(seed=0).select(range(steps(64, quick=12)))
 asked = [held_out[i] for i in range(2)]
 train_rows = encoded(load_data("train"), tokenizer)
-length = steps(100, quick=3)
+length = steps(80, quick=3)
 
 tuned = ahead.prepared(original, "QLoRA", seed=0)
 written = {"before": generate(tuned, tokenizer, [prompt_of(row) for row in asked], max_new_tokens=steps(60, quick=12))}
@@ -716,7 +735,7 @@ display(Markdown(("QLoRA's loss is above LoRA's **in every seed**" if always_hig
 # The same in small, here and now: two seeds, few steps. Does the order hold already?
 
 # %%
-short, small = steps(20, quick=2), {way: [] for way in ahead.RATES}
+short, small = steps(15, quick=2), {way: [] for way in ahead.RATES}
 seconds = {}
 for seed in (0, 1)[:steps(2, quick=1)]:
     for way, lr in ahead.RATES.items():
@@ -800,7 +819,7 @@ here = {}
 apart = ahead.logits_of(tuned, tokenizer, rows_few)
 for way in ahead.SHIPPED:
     model = ahead.ship(tuned, original, way)
-    here[way] = (distance(model, apart), held_out_loss(model, tokenizer, scored), evaluate(model, tokenizer, held_out, n=steps(40, quick=3)).pass_at_1)
+    here[way] = (distance(model, apart), held_out_loss(model, tokenizer, scored), evaluate(model, tokenizer, held_out, n=steps(20, quick=3)).pass_at_1)
     print(f"{way:26} logits {here[way][0]:.4f} away    held-out loss {here[way][1]:.3f}    pass@1 {here[way][2]:.0%}")
 print("(so few answers, after so short a training, do not tell the ways apart by pass@1; the longer runs below do better)")
 

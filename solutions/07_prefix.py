@@ -54,10 +54,10 @@ print("ready: torch", torch.__version__)
 # places to put those numbers:
 
 # %%
-show(pictures.where_picture(), alt="Three panels, layers upwards, positions to the right. Prompt tuning: three trained cells "
-     "beside the embedded words, below all layers; above them everything is computed. Prefix tuning: trained keys and values "
-     "at three positions in each of four layers. LLaMA-Adapter: three trained cells in the top two layers only, with a gate "
-     "g between them and the words.")
+show(pictures.where_picture(), alt="Three panels, layers upwards, positions to the right. Prompt tuning: three trained "
+     "cells beside the embedded words, below all layers; above them everything is computed. Prefix tuning: trained "
+     "keys and values at three positions in each of four layers. LLaMA-Adapter: three trained cells in the top two "
+     "layers only, with a gate g between them and the words.")
 
 # %% [markdown]
 # *Orange trains, hatched is looked up, white is computed by the frozen model. Prompt tuning trains the input once;
@@ -151,7 +151,8 @@ plain_logits = logits(model)
 attach(model, PromptTuningConfig(len(text_ids), init="text", text=starts.TEXT, tokenizer=tokenizer))
 as_soft_prompt = logits(model)
 detach(model)
-print(f"the words as a soft prompt, against the words in front: at most {(as_soft_prompt - as_words).abs().max():.0e} apart")
+print(f"the words as a soft prompt, against the words in front: at most {(as_soft_prompt - as_words).abs().max():.0e} "
+      f"apart")
 print(f"against no prompt at all: {(as_soft_prompt - plain_logits).abs().max():.1f}")
 
 # %% question="prefix-q-labels"
@@ -159,10 +160,10 @@ print(f"against no prompt at all: {(as_soft_prompt - plain_logits).abs().max():.
 # %% [markdown]
 # # Part 2 · Prefix tuning
 #
-# A soft prompt acts through all the layers above it, but it is trained at the bottom only. **Prefix tuning** (Li & Liang
-# 2021) gives each layer virtual tokens of its own. What do words take from the positions before them? In attention,
-# each position offers a **key** (what it can be found by) and a **value** (what is then taken), and asks with a
-# **query**. So a virtual token in a layer is a key and a value:
+# A soft prompt acts through all the layers above it, but it is trained at the bottom only. **Prefix tuning** (Li &
+# Liang 2021) gives each layer virtual tokens of its own. What do words take from the positions before them? In
+# attention, each position offers a **key** (what it can be found by) and a **value** (what is then taken), and asks
+# with a **query**. So a virtual token in a layer is a key and a value:
 #
 # $$o_t = \mathrm{softmax}\!\left(\frac{q_t\,[P_k;\,K_{\le t}]^\top}{\sqrt{d_h}}\right)[P_v;\,V_{\le t}]$$
 #
@@ -177,9 +178,9 @@ print(f"against no prompt at all: {(as_soft_prompt - plain_logits).abs().max():.
 # Source 000 writes the same as $\mathrm{Attention}(Q, [P_K; K], [P_V; V])$. Who sees whom:
 
 # %%
-show(pictures.mask_picture(), alt="A grid of four queries by seven keys. The three columns of the prefix are orange, and "
-     "every query may look at all of them. The four columns of the words are a triangle: each query looks at its own word "
-     "and those before it.")
+show(pictures.mask_picture(), alt="A grid of four queries by seven keys. The three columns of the prefix are orange, "
+     "and every query may look at all of them. The four columns of the words are a triangle: each query looks at its "
+     "own word and those before it.")
 
 # %% [markdown]
 # *The prefix stands before every word, so every word sees all of it. The causal triangle begins after it.*
@@ -198,7 +199,8 @@ q = torch.tensor([2., 0, 0, 0]).view(1, 1, 1, 4)               # [B, H, T, d_h]
 k, v = torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1, 4), 8.)
 P_k, P_v = torch.tensor([math.log(3), 0, 0, 0]).view(1, 1, 4), torch.zeros(1, 1, 4)     # [P, H, d_h]
 by_hand = library_attention(q, k, v, P_k, P_v)
-print("with the prefix:", by_hand.flatten().tolist(), "   without:", library_attention(q, k, v, P_k[:0], P_v[:0]).flatten().tolist())
+print("with the prefix:", by_hand.flatten().tolist(), "   without:",
+      library_attention(q, k, v, P_k[:0], P_v[:0]).flatten().tolist())
 
 # %% [markdown] exercise="prefix-attention"
 # Write `prefix_attention(q, k, v, prefix_k, prefix_v)`.
@@ -278,10 +280,11 @@ print(f"outputs: {whole.shape[2]} positions instead of {T}; at the {T} words the
 # %% [markdown]
 # ## What the prefix gets, the words lose
 #
-# Prefix and words share one softmax. Let $\lambda_t$ be what the prefix gets of it: the sum of word $t$'s weights on the
-# $P$ virtual tokens. Then the output falls apart into two (He et al. 2022):
+# Prefix and words share one softmax. Let $\lambda_t$ be what the prefix gets of it: the sum of word $t$'s weights on
+# the $P$ virtual tokens. Then the output falls apart into two (He et al. 2022):
 #
-# $$o_t = (1 - \lambda_t)\cdot\text{attention to the words alone} \;+\; \lambda_t\cdot\text{attention to the prefix alone}$$
+# $$o_t = (1 - \lambda_t)\cdot\text{attention to the words alone} \;+\;
+# \lambda_t\cdot\text{attention to the prefix alone}$$
 #
 # In the example by hand $\lambda = 3/4$: $\frac14 \cdot 8 + \frac34 \cdot 0 = 2$.
 
@@ -292,7 +295,7 @@ print(f"outputs: {whole.shape[2]} positions instead of {T}; at the {T} words the
 
 # %% exercise="prefix-share"
 def prefix_share(q, k, prefix_k):
-    """λ: the part of each word's attention that goes to the prefix.  q, k [B, H, T, d_h], prefix_k [P, H, d_h] → [B, H, T]"""
+    """λ: what the prefix gets of each word's attention.  q, k [B, H, T, d_h], prefix_k [P, H, d_h] → [B, H, T]"""
     ### BEGIN SOLUTION
     B, H, T, d_h = q.shape
     P = len(prefix_k)
@@ -326,13 +329,14 @@ lam = share_of(q, k, P_k)[..., None]
 words_alone = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 prefix_alone = F.scaled_dot_product_attention(q, *(p.transpose(0, 1).expand(B, -1, -1, -1) for p in (P_k, P_v)))
 mixture_error = ((1 - lam) * words_alone + lam * prefix_alone - library_attention(q, k, v, P_k, P_v)).abs().max().item()
-print(f"mixture against attention with a prefix: at most {mixture_error:.0e} apart; λ here from {lam.min():.2f} to {lam.max():.2f}")
+print(f"mixture against attention with a prefix: at most {mixture_error:.0e} apart; λ here from {lam.min():.2f} to "
+      f"{lam.max():.2f}")
 
 # %% [markdown]
 # Two things follow. Even a prefix of zeros is not "nothing": its keys have score 0, which is a score like any other, so
-# it takes weight from the words. And a prefix never changes how words weigh *each other*: the ratio of two words' weights
-# is the same with and without it. (That is the limit which source 001 puts as "it can only influence the model through
-# attention patterns".)
+# it takes weight from the words. And a prefix never changes how words weigh *each other*: the ratio of two words'
+# weights is the same with and without it. (That is the limit which source 001 puts as "it can only influence the model
+# through attention patterns".)
 #
 # # Part 3 · Grouped queries, and counting
 #
@@ -396,17 +400,17 @@ check("prefix-for-gqa", prefix_for_gqa)
 #
 # - **Prompt tuning:** $P \cdot d$.
 # - **Prefix tuning:** $P \cdot L \cdot 2 \cdot H_{kv} \cdot d_h$.
-# - **Prefix tuning through an MLP** (part 5): what trains is then the MLP. Its input is $P$ vectors as wide as one
-#   layer's keys, $H_{kv} d_h$; its first linear layer has $h$ outputs, its second one $L \cdot 2 \cdot H_{kv} d_h$, both with
-#   a bias.
+# - **Prefix tuning through an MLP** (part 5): the prefix is then what a small network says, and what trains is the
+#   network *and its input*. The input is $P$ vectors as wide as one layer's keys, $H_{kv} d_h$; the first linear layer
+#   has $h$ outputs (`hidden`), the second one $L \cdot 2 \cdot H_{kv} d_h$, both with a bias.
 #
-# **By hand** (source 001, problem 5): $P = 20$, $d = 4096$, $L = 40$, ordinary attention, so that $H_{kv} d_h = d$. Each
-# layer has $20 \cdot 4096 = 81{,}920$ numbers for keys and as many for values. Forty layers: $6{,}553{,}600$.
+# **By hand** (source 001, problem 5): $P = 20$, $d = 4096$, $L = 40$, ordinary attention, so that $H_{kv} d_h = d$.
+# Each layer has $20 \cdot 4096 = 81{,}920$ numbers for keys and as many for values. Forty layers: $6{,}553{,}600$.
 
 # %% [markdown] exercise="count-virtual-parameters"
-# Write `virtual_parameters(method, P, model, hidden=None)`. `method` is `"prompt"` or `"prefix"`; `model` is a dict with
-# `layers`, `d_model`, `heads`, `kv_heads`, `head_dim`; with `hidden` (only for `"prefix"`) the prefix comes out of an MLP
-# with that many hidden units. Return how many numbers **train**, as a whole number.
+# Write `virtual_parameters(method, P, model, hidden=None)`. `method` is `"prompt"` or `"prefix"`; `model` is a dict
+# with `layers`, `d_model`, `heads`, `kv_heads`, `head_dim`; with `hidden` (only for `"prefix"`) the prefix comes out of
+# an MLP with that many hidden units. Return how many numbers **train**, as a whole number.
 #
 # *Why it matters:* three of our sources give three shares for this method, and after this you can say why.
 
@@ -439,8 +443,8 @@ check("count-virtual-parameters", virtual_parameters)
 # %% [markdown]
 # ### Predict
 #
-# Llama-3.2-1B has $L = 16$, $d = 2048$, 32 query heads and 8 heads for keys and values, $d_h = 64$. How many numbers are
-# a prefix of $P = 20$? Write your reckoning instead of `None`.
+# Llama-3.2-1B has $L = 16$, $d = 2048$, 32 query heads and 8 heads for keys and values, $d_h = 64$. How many numbers
+# are a prefix of $P = 20$? Write your reckoning instead of `None`.
 
 # %%
 my_guess = None
@@ -487,7 +491,8 @@ total_1b = size(llama_1b)
 rows = [("source", "model", "it says", "counted"), ("---",) * 4,
         ("001, problem 5", "$P = 20$, $d = 4096$, $L = 40$, 13 billion", "6,553,600; 0.05 %",
          f"**{problem_5:,}**; {problem_5 / 13e9:.2%}"),
-        ("–", "the same for the real 13B, whose width is 5120", "–", f"**{real_13b:,}**; {real_13b / size(llama_13b):.2%}"),
+        ("–", "the same for the real 13B, whose width is 5120", "–",
+         f"**{real_13b:,}**; {real_13b / size(llama_13b):.2%}"),
         ("001, section 5", "GPT-2 Medium, $P = 10$", "about 490 K", f"**{medium:,}**"),
         ("003", "LLaMA-Adapter, 7B: 10 tokens, 30 layers, width 4096", "1.2 M", f"**{adapter_7b:,}**"),
         ("000", "Llama-3.2-1B, $P = 20$", "$P_K$ of shape (20, 2048)",
@@ -524,8 +529,8 @@ print(f"{starts.TEXT!r}: {len(text_ids)} tokens")
 print(f"as a prefix, against the words in front: at most {text_error:.0e} apart")
 
 # %% [markdown]
-# Now train: 20 virtual tokens, started from the first 20 tokens of that text. How many numbers is that for the bundled model (6 layers, 2 heads of
-# 64 for keys and values)? Work it out before you run the cell.
+# Now train: 20 virtual tokens, started from the first 20 tokens of that text. How many numbers is that for the bundled
+# model (6 layers, 2 heads of 64 for keys and values)? Work it out before you run the cell.
 
 # %%
 train_rows = encoded(load_data("train"), tokenizer)
@@ -547,8 +552,8 @@ history = train(model, train_rows, tokenizer, steps=length, lr=0.3, batch_size=8
 loss_prefix = held_out_loss(model, tokenizer, held_out)
 
 # %%
-show(history.plot("prefix tuning from a text"), alt="Training loss of every step in grey and its running mean in blue: it "
-     "falls steeply at first and then more slowly.")
+show(history.plot("prefix tuning from a text"), alt="Training loss of every step in grey and its running mean in blue: "
+     "it falls steeply at first and then more slowly.")
 after = generate(model, tokenizer, [prompt_of(row) for row in asked], max_new_tokens=60)
 for row, *texts in zip(asked, before, after):
     print("─" * 100 + "\n" + prompt_of(row).strip())
@@ -561,8 +566,8 @@ display(Markdown(f"*Held-out loss: {loss_base:.2f} for the base model, {loss_sta
 # ## Look inside
 #
 # How much of its attention does a word give to the prefix? Each row is a word, each column something it looks at; the
-# virtual tokens stand left of the orange line. The bars on the right are $\lambda$. **Questions to try:** is there a head
-# that looks at hardly anything else? Does training move attention *to* the prefix or away from it? And how does an
+# virtual tokens stand left of the orange line. The bars on the right are $\lambda$. **Questions to try:** is there a
+# head that looks at hardly anything else? Does training move attention *to* the prefix or away from it? And how does an
 # untrained random prefix compare?
 
 # %%
@@ -574,8 +579,8 @@ maps = {name: m[:, :, :keep, :P + keep] for name, m in maps.items()}
 explorer = pictures.attention_explorer(maps, words[:keep])
 
 # %% [markdown]
-# *Left of the line is what the prefix gets; the words share what is left. (It begins with the head that gives the prefix
-# most.)* All heads at a glance:
+# *Left of the line is what the prefix gets; the words share what is left. (It begins with the head that gives the
+# prefix most.)* All heads at a glance:
 
 # %%
 by_head = {name: pictures.shares(m) for name, m in maps.items()}
@@ -584,9 +589,10 @@ show(pictures.share_figure(by_head), alt="Three tables of numbers, layers by hea
      ", ".join(f"{name} {value:.2f}" for name, value in mean_share.items()) + ".")
 upper = {name: statistics.mean(v for row in rows_[2:] for v in row) for name, rows_ in by_head.items()}
 display(Markdown(f"*Mean share of the prefix: {mean_share['before (from a text)']:.0%} before training, "
-                 f"{mean_share['after training']:.0%} after. An untrained random prefix gets {mean_share['random, untrained']:.0%}, and "
-                 f"above layer 2 only {upper['random, untrained']:.1%}: hardly a query finds its keys. So it does little harm at "
-                 f"the start, and little can be learned from it either.*"))
+                 f"{mean_share['after training']:.0%} after. An untrained random prefix gets "
+                 f"{mean_share['random, untrained']:.0%}, and above layer 2 only {upper['random, untrained']:.1%}: "
+                 f"hardly a query finds its keys. So it does little harm at the start, and little can be learned from "
+                 f"it either.*"))
 
 # %%
 prefix_trained = copy.deepcopy(adapter_parameters(model))
@@ -596,13 +602,19 @@ print("after detach the model is the base model again:", held_out_loss(model, to
 # %% [markdown]
 # # Part 5 · The start
 #
-# Li & Liang write that a prefix trained directly is unstable, so they train it through an MLP; and that with little data
-# it helps to start from real words. peft's own comparison of methods (MetaMathQA on Llama-3.2-3B; **their** numbers, not
-# measured here) has prefix tuning at an accuracy of 0.186 in its default and 0.416 when it starts from a text and is
-# tuned, and prompt tuning at 0.057 and 0.343. In the same comparison full fine-tuning has 0.472 and LoRA of rank 32 has
-# 0.478. So there the start matters more than the method.
+# Li & Liang write that a prefix trained directly is unstable, so they train it through an MLP; and that with little
+# data it helps to start from real words. peft's own comparison of methods (MetaMathQA on Llama-3.2-3B; **their**
+# numbers, not measured here) has prefix tuning at an accuracy of 0.186 in its default and 0.416 when it starts from a
+# text and is tuned, and prompt tuning at 0.057 and 0.343. In the same comparison full fine-tuning has 0.472 and LoRA of
+# rank 32 has 0.478. So how one starts and tunes matters more there than which of these methods one takes.
 #
-# What about our scale? `pefttools/lab/virtual_starts.py` trained each of several starts for 60 steps: first at several
+# Does the *start* make the difference? The settings stand in their result files (peft's repository,
+# `method_comparison/MetaMathQA/results`). The default prefix has 200 tokens and a learning rate of 0.001, the one from
+# a text has 50 and 0.005: three things have changed at once. The default soft prompt was trained at 0.0001; with 0.001,
+# still from random numbers, it has 0.234, so about half of that gain is the rate's. To know what a start does, change
+# the start alone.
+#
+# So at our scale `pefttools/lab/virtual_starts.py` trained each of several starts for 60 steps: first at several
 # learning rates with a seed and held-out rows that only serve to choose one, then with three other seeds at the rate
 # chosen. Its results are in the repository; here they are.
 
@@ -611,11 +623,12 @@ measured = {row["name"]: row for row in starts.table()}
 groups = {"prompt tuning": [row for name, row in measured.items() if name.startswith(("prompt", "P-tuning"))],
           "prefix tuning": [row for name, row in measured.items() if name.startswith("prefix")]}
 show(pictures.starts_figure(groups), alt="Held-out loss of each start, three seeds, mean and standard deviation. " +
-     "; ".join(f"{name} {row['end']:.2f} ± {row['sd']:.2f}" for name, row in measured.items() if "gate" not in name) + ".")
+     "; ".join(f"{name} {row['end']:.2f} ± {row['sd']:.2f}" for name, row in measured.items() if "gate" not in name)
+     + ".")
 
 # %% [markdown]
-# *Small circles are seeds, the diamond is their mean, the bar their standard deviation. After tuning the learning rate, a
-# prefix from a text and one from random numbers end at about the same place; one from zero does not.*
+# *Small circles are seeds, the diamond is their mean, the bar their standard deviation. After tuning the learning rate,
+# a prefix from a text and one from random numbers end at about the same place; one from zero does not.*
 #
 # And at a lower learning rate, which is what you have before you have tuned anything? The choosing seed alone, held-out
 # loss (in nats, natural-log units, per token) after the same 60 steps:
@@ -634,13 +647,14 @@ for family in ("prompt", "prefix"):
 
 def gap(family: str, lr: str) -> float:
     """Held-out loss from random numbers minus that from a text, at one learning rate."""
-    return (found[f"{family}, random"][lr][str(starts.CHOOSE)]["end"] - found[f"{family}, text"][lr][str(starts.CHOOSE)]["end"])
+    return (found[f"{family}, random"][lr][str(starts.CHOOSE)]["end"]
+            - found[f"{family}, text"][lr][str(starts.CHOOSE)]["end"])
 
 
 low, high = f"{starts.RATES['prefix'][0]:g}", f"{measured['prefix, random']['lr']:g}"
-display(Markdown(f"*Prefix: a text is better than random numbers by **{gap('prefix', low):.2f}** nats at the learning rate "
-                 f"{low}, and by **{gap('prefix', high):.2f}** at {high}, the best one for random numbers. A good start is worth "
-                 f"most to whoever has not tuned the learning rate.*"))
+display(Markdown(f"*Prefix: a text is better than random numbers by **{gap('prefix', low):.2f}** nats at the learning "
+                 f"rate {low}, and by **{gap('prefix', high):.2f}** at {high}, the best one for random numbers. A good "
+                 f"start is worth most to whoever has not tuned the learning rate.*"))
 
 # %% [markdown]
 # ## The start that wastes the prefix
@@ -661,16 +675,18 @@ def rank_of_prefix(init: str, n: int) -> tuple[int, float]:
 
 alike = {init: rank_of_prefix(init, steps(6, quick=2)) for init in ("zero", "random")}
 for init, (rank, spread) in alike.items():
-    print(f"from {init:>6}: rank of the 20 rows {rank:2}; the farthest row differs from the first by {spread:.1e} of its size")
+    print(f"from {init:>6}: rank of the 20 rows {rank:2}; the farthest row differs from the first by {spread:.1e} of "
+          f"its size")
 
 # %% [markdown]
 # One. Twenty equal virtual tokens get equal attention, so they get equal gradients, and stay equal for ever: it is one
-# virtual token, counted twenty times. (LoRA's zero $B$ has no such trouble, because $A$ is random: somebody has to break
-# the symmetry.)
+# virtual token, counted twenty times. (LoRA's zero $B$ has no such trouble, because $A$ is random: somebody has to
+# break the symmetry.)
 #
-# In peft's benchmark, by the way, a prefix from zero (0.358) does *better* than the default random one (0.186). In our
-# table it is the other way round at every learning rate. We do not know what makes the difference; the symmetry is there
-# in both.
+# In peft's benchmark, by the way, a prefix from zero (0.358) does *better* than the default random one (0.186). But it
+# was trained at five times the learning rate, 0.005. Look at our table again: zero is behind random numbers up to a
+# rate of 1, and at 3, which is too high for both, it is ahead. And the difference between one rate and the next is
+# often larger than that between two starts.
 #
 # ### The re-run, in small
 #
@@ -689,7 +705,8 @@ print(f"the text is ahead by {apart:.2f}")
 # %% [markdown]
 # ## Through an MLP, and folded away
 #
-# The paper's other remedy (section 4.3) is a **reparametrisation**. The prefix is not the parameter. A small network computes it:
+# The paper's other remedy (section 4.3) is a **reparametrisation**. The prefix is not the parameter. A small network
+# computes it:
 #
 # $$\text{prefix} = \tanh(E\,W_1^\top + b_1)\,W_2^\top + b_2, \qquad E\colon P \times H_{kv}d_h$$
 #
@@ -706,10 +723,11 @@ print(f"the text is ahead by {apart:.2f}")
 # %% [markdown] exercise="reparametrise"
 # Write the class `ReparametrisedPrefix(E, W1, b1, W2, b2)`, an `nn.Module`:
 #
-# - all five tensors train (shapes: `[P, d]`, `[hidden, d]`, `[hidden]`, `[width, hidden]`, `[width]`);
+# - all five tensors train; they are `[P, n]`, `[hidden, n]`, `[hidden]`, `[width, hidden]` and `[width]`, with
+#   $n = H_{kv}d_h$ and `width` $= L \cdot 2 \cdot H_{kv}d_h$ in the table above (the check uses others);
 # - `forward()` takes no argument and gives the prefix, `[P, width]`;
-# - `fold()`: from then on the prefix itself is the **one** parameter, it still trains, and $E$ and the MLP are no longer
-#   in the module (nor in its `state_dict`). The output stays what it was. Folding twice is folding once.
+# - `fold()`: from then on the prefix itself is the **one** parameter, it still trains, and $E$ and the MLP are no
+#   longer in the module (nor in its `state_dict`). The output stays what it was. Folding twice is folding once.
 #
 # *Why it matters:* this is why an adapter that trained millions of numbers can be a file of a few hundred thousand.
 
@@ -748,8 +766,8 @@ check("reparametrise", ReparametrisedPrefix)
 # `fold` has three steps: compute, keep, delete, in this order. And it needs to know whether it has been done before.
 
 # %% [markdown] hint="reparametrise" level="shape"
-# `nn.Parameter(E)` makes a tensor train. `F.linear(x, W, b)` is `x @ W.T + b`. What you keep must be a new `nn.Parameter`
-# of a tensor without history (`.detach()`); `del self.W1` takes a parameter out of the module.
+# `nn.Parameter(E)` makes a tensor train. `F.linear(x, W, b)` is `x @ W.T + b`. What you keep must be a new
+# `nn.Parameter` of a tensor without history (`.detach()`); `del self.W1` takes a parameter out of the module.
 
 # %% [markdown] hint="reparametrise" level="code"
 # ```python
@@ -780,17 +798,18 @@ print(f"after 60 steps (run ahead, 3 seeds, the best learning rate of each): thr
       f"{mlp_row['sd']:.2f}, directly {plain_row['end']:.2f} ± {plain_row['sd']:.2f}")
 print("by learning rate (the choosing seed):")
 for name in ("prefix through an MLP", "prefix, random"):
-    print(f"{name:>24}  " + "   ".join(f"{float(lr):g}: {runs[str(starts.CHOOSE)]['end']:.2f}" for lr, runs in found[name].items()))
+    print(f"{name:>24}  " + "   ".join(f"{float(lr):g}: {runs[str(starts.CHOOSE)]['end']:.2f}"
+                                       for lr, runs in found[name].items()))
 
 # %% [markdown]
-# So at our scale the MLP is not ahead, once each has its own learning rate. What it buys is robustness: through the MLP an
-# ordinary learning rate such as 0.01 works, while the plain prefix wants one thirty times as high, which nobody would
-# try first.
+# So at our scale the MLP is not ahead, once each has its own learning rate. What it buys is robustness: through the MLP
+# an ordinary learning rate such as 0.01 works, while the plain prefix wants one thirty times as high, which nobody
+# would try first.
 #
 # ### P-tuning
 #
-# **P-tuning** (Liu et al. 2021) is the same idea for prompt tuning: the soft prompt is what a small network says, an MLP with
-# ReLUs or an LSTM, and that is folded too.
+# **P-tuning** (Liu et al. 2021) is the same idea for prompt tuning: the soft prompt is what a small network says, an
+# MLP with ReLUs or an LSTM, and that is folded too.
 
 # %%
 attach(model, PTuningConfig(20), seed=0)
@@ -800,29 +819,29 @@ ptuning_folded = count_parameters(model)[0]
 detach(model)
 row, plain_row = measured["P-tuning (MLP)"], measured["prompt, random"]
 print(f"P-tuning trains {ptuning_count:,} numbers; folded they are {ptuning_folded:,} = 20 · 256")
-print(f"after 60 steps, the best learning rate of each: P-tuning {row['end']:.2f} ± {row['sd']:.2f}, a plain soft prompt from "
-      f"random numbers {plain_row['end']:.2f} ± {plain_row['sd']:.2f}, from a text {measured['prompt, text']['end']:.2f}")
+print(f"after 60 steps, the best learning rate of each: P-tuning {row['end']:.2f} ± {row['sd']:.2f}, a plain soft "
+      f"prompt from random numbers {plain_row['end']:.2f} ± {plain_row['sd']:.2f}, from a text "
+      f"{measured['prompt, text']['end']:.2f}")
 
 # %% question="prefix-q-file"
 
 # %% [markdown]
 # # Part 6 · A gate that starts at zero
 #
-# LoRA starts as exactly the base model. A random prefix does not: it takes a part $\lambda$ of the attention, small as it
-# may be, and puts noise in its place. **LLaMA-Adapter** (Zhang et al. 2023) gives the prefix a softmax of its own, and a
-# *gate* before what comes out of it:
+# LoRA starts as exactly the base model. A random prefix does not: it takes a part $\lambda$ of the attention, small as
+# it may be, and puts noise in its place. **LLaMA-Adapter** (Zhang et al. 2023) gives the prefix a softmax of its own,
+# and a *gate* before what comes out of it:
 #
 # $$o_t = \underbrace{\mathrm{softmax}\!\left(\frac{q_t K_{\le t}^\top}{\sqrt{d_h}}\right)V_{\le t}}_{\text{the words, as before}} \;+\; g\cdot\underbrace{\mathrm{softmax}\!\left(\frac{q_t P_k^\top}{\sqrt{d_h}}\right)P_v}_{\text{the prefix, apart}}$$
 #
-# with a trained number $g$ that starts at 0. **Two softmaxes**: what the prefix gets is not taken from the words. And its
-# weights always add up to 1, whether it has anything to say or not: so it needs the gate. (In
-# LLaMA-Adapter $P_k$ and $P_v$ come from one trained vector per virtual token, sent through the layer's own frozen
-# $W_k$ and $W_v$. The authors' code has a $g$ for each head and multiplies by $\tanh g$; peft has one $g$ for a layer,
-# without the tanh.)
+# with a trained number $g$ that starts at 0. **Two softmaxes**: what the prefix gets is not taken from the words. And
+# its weights always add up to 1, whether it has anything to say or not: so it needs the gate. (In LLaMA-Adapter $P_k$
+# and $P_v$ come from one trained vector per virtual token, sent through the layer's own frozen $W_k$ and $W_v$. The
+# authors' code has a $g$ for each head and multiplies by $\tanh g$; peft has one $g$ for a layer, without the tanh.)
 
 # %% [markdown] exercise="zero-init-gate"
-# Write `gated_attention(q, k, v, prefix_k, prefix_v, gate)`. Shapes as in `prefix_attention`; `gate` is `[H]`, one number
-# for each head, and multiplies as it is (no tanh). The words' part is causal.
+# Write `gated_attention(q, k, v, prefix_k, prefix_v, gate)`. Shapes as in `prefix_attention`; `gate` is `[H]`, one
+# number for each head, and multiplies as it is (no tanh). The words' part is causal.
 #
 # *Why it matters:* the check also looks at gate = 0. There the output has to be the base model's, and the gate has to
 # get a gradient all the same.
@@ -847,8 +866,8 @@ check("zero-init-gate", gated_attention)
 # mask.
 
 # %% [markdown] hint="zero-init-gate" level="shape"
-# `prefix_k.transpose(0, 1)` is `[H, P, d_h]`, which broadcasts over the batch: `q @ P_k.mT` is `[B, H, T, P]`. The gate has
-# to stand at the heads: `gate[:, None, None]` is `[H, 1, 1]`.
+# `prefix_k.transpose(0, 1)` is `[H, P, d_h]`, which broadcasts over the batch: `q @ P_k.mT` is `[B, H, T, P]`. The gate
+# has to stand at the heads: `gate[:, None, None]` is `[H, 1, 1]`.
 
 # %% [markdown] hint="zero-init-gate" level="code"
 # ```python
@@ -861,8 +880,8 @@ check("zero-init-gate", gated_attention)
 # ### Predict
 #
 # We put LLaMA-Adapter into all six layers of the bundled model, with 10 random virtual tokens in each. What is the loss
-# before training, with the gate at 0? And with the gate stuck at 1, that is, without a gate? And who gets a gradient in the
-# first step?
+# before training, with the gate at 0? And with the gate stuck at 1, that is, without a gate? And who gets a gradient in
+# the first step?
 
 # %%
 gate_start = {}
@@ -886,15 +905,18 @@ print(f"held-out loss: base {loss_few:.4f}, gate 0 {gate_start['gate 0']:.4f}, n
 
 # %%
 gate_curves = {name: starts.curves(name) for name in ("gate from 0", "gate from 1", "no gate")}
-show(pictures.curves_figure(gate_curves, title="LLaMA-Adapter: the gate's start"), alt="Training loss over 60 steps, mean of "
-     "three seeds with bands. " + "; ".join(f"{name} ends at a held-out loss of {measured[name]['end']:.2f}" for name in gate_curves))
+show(pictures.curves_figure(gate_curves, title="LLaMA-Adapter: the gate's start"),
+     alt="Training loss over 60 steps, mean of "
+     "three seeds with bands. " + "; ".join(f"{name} ends at a held-out loss of {measured[name]['end']:.2f}"
+                                            for name in gate_curves))
 for name in gate_curves:
     row = measured[name]
-    print(f"{name:>12} (learning rate {row['lr']:g}): held-out loss {row['start']:.2f} → {row['end']:.2f} ± {row['sd']:.2f}")
+    print(f"{name:>12} (learning rate {row['lr']:g}): held-out loss {row['start']:.2f} → {row['end']:.2f} ± "
+          f"{row['sd']:.2f}")
 late, never = (measured[name]["end"] - measured["gate from 0"]["end"] for name in ("gate from 1", "no gate"))
-display(Markdown(f"*After 60 steps the gate that started at 1 is still **{late:.2f}** nats behind the one that started at 0, and "
-                 f"the method without a gate **{never:.2f}**. What is lost at the start is not made up for in a short run. (Line: "
-                 f"mean of three seeds; band: lowest to highest.)*"))
+display(Markdown(f"*After 60 steps the gate that started at 1 is still **{late:.2f}** nats behind the one that started "
+                 f"at 0, and the method without a gate **{never:.2f}**. What is lost at the start is not made up for "
+                 f"in a short run. (Line: mean of three seeds; band: lowest to highest.)*"))
 
 # %%
 gate_again = {name: starts.run(base, train_rows, few_rows, name, 0.03, 10, steps=short)["end"]
@@ -925,8 +947,9 @@ for name, config in {"base": None, "base again (A/A)": None, "prefix, P = 20": P
     variants[name] = model if config is None else attach(copy.deepcopy(model), config)
 cache_size = {name: cache_bytes(m, ids) for name, m in variants.items()}
 more = cache_size["prefix, P = 20"] - cache_size["base"]
+assert cache_size["soft prompt, P = 20"] == cache_size["prefix, P = 20"]
 print(f"cache of 4 rows × 64 tokens: {cache_size['base']:,} bytes; with either kind of 20 virtual tokens {more:,} more")
-per_row_1b = 20 * 16 * 2 * 512 * 2
+per_row_1b = 20 * 16 * 2 * (8 * 64) * 2             # P · L · keys and values · H_kv d_h · bytes of a number
 print(f"Llama-3.2-1B in 16 bits, P = 20: {per_row_1b:,} bytes for each row of the batch")
 
 # %%
@@ -935,14 +958,14 @@ import time
 
 
 def take_turns(functions: dict, rounds: int) -> dict[str, list[float]]:
-    """Run each function once a round, in random order. Returns the seconds of every round."""
+    """Run each function once a round, in random order. Returns the processor seconds of every round."""
     order, seconds = random.Random(0), {name: [] for name in functions}
     for number in range(rounds + 1):
         for name in order.sample(list(functions), len(functions)):
-            began = time.perf_counter()
+            began = time.process_time()
             functions[name]()
             if number:                                 # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     return seconds
 
 
@@ -951,14 +974,17 @@ def forward(m):
     m(input_ids=ids)
 
 
-times = take_turns({name: lambda m=m: forward(m) for name, m in variants.items()}, steps(20, quick=4))
+threads = torch.get_num_threads()
+torch.set_num_threads(1)                               # processor time of one thread: other programs disturb it less
+times = take_turns({name: lambda m=m: forward(m) for name, m in variants.items()}, steps(30, quick=4))
+torch.set_num_threads(threads)
 cost = {name: slowdown(times[name], times["base"]) for name in list(times)[1:]}
 for name, (ratio, low, high) in cost.items():
     print(f"{name:>20}: {ratio:.2f} × the base model's time (from {low:.2f} to {high:.2f})")
 
 # %% [markdown]
-# What one gets for it: **several tasks in one batch** (source 004). Each row of the cache may hold another prefix. Here are
-# two rows, one with the prefix that you trained and one with a random one, against each of them alone:
+# What one gets for it: **several tasks in one batch** (source 004). Each row of the cache may hold another prefix. Here
+# are two rows, one with the prefix that you trained and one with a random one, against each of them alone:
 
 # %%
 from transformers import DynamicCache
@@ -973,7 +999,8 @@ def with_prefixes(ids, *flats):
     """Row i of ids [B, T] reads with prefix i: one forward pass, one batch."""
     cache, P = DynamicCache(config=model.config), len(flats[0])
     for layer, pairs in enumerate(zip(*(split_prefix(flat, *sizes) for flat in flats))):
-        keys, values = (torch.stack([pair[i].transpose(0, 1) for pair in pairs]) for i in (0, 1))     # [B, H_kv, P, d_h]
+        # [B, H_kv, P, d_h]
+        keys, values = (torch.stack([pair[i].transpose(0, 1) for pair in pairs]) for i in (0, 1))
         cache.update(keys, values, layer)
     places = torch.arange(P, P + ids.shape[1]).expand(len(ids), -1)
     return model(input_ids=ids, past_key_values=cache, position_ids=places).logits
@@ -984,21 +1011,23 @@ together = with_prefixes(pair, flat_a, flat_b)
 alone = torch.cat([with_prefixes(pair[:1], flat_a), with_prefixes(pair[1:], flat_b)])
 batch_error = (together - alone).abs().max().item()
 swapped = (with_prefixes(pair, flat_b, flat_a) - alone).abs().max().item()
-print(f"two tasks in one batch, against each alone: at most {batch_error:.0e} apart (with the prefixes swapped: {swapped:.0f})")
+print(f"two tasks in one batch, against each alone: at most {batch_error:.0e} apart (with the prefixes swapped: "
+      f"{swapped:.0f})")
 
 # %% question="prefix-q-cost"
 
 # %% [markdown]
 # # Against production
 #
-# The same in `peft`: prompt tuning, prefix tuning (with and without the MLP) and LLaMA-Adapter, which it calls *adaption
-# prompt*. The same numbers in ours and theirs, then logits, gradients and greedy generation. Logits and gradients have to
-# agree to $10^{-5}$ of the largest, or the cell stops.
+# The same in `peft`: prompt tuning, prefix tuning (with and without the MLP) and LLaMA-Adapter, which it calls
+# *adaption prompt*. The same numbers in ours and theirs, then logits, gradients and greedy generation. Logits and
+# gradients have to agree to $10^{-5}$ of the largest, or the cell stops.
 
 # %%
 import logging
 
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)     # peft imports it, and it complains about missing extras
+# peft imports it, and it complains about missing extras
+logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
@@ -1032,24 +1061,27 @@ for name, (our_config, their_config) in WAYS.items():
     gradient = max((p.grad - other.grad).abs().max().item() for (_, p), other in zip(mine, yours)) / largest
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        texts = [m.generate(input_ids=few["input_ids"][:1, :10], attention_mask=few["attention_mask"][:1, :10], max_new_tokens=12,
+        texts = [m.generate(input_ids=few["input_ids"][:1, :10], attention_mask=few["attention_mask"][:1, :10],
+                            max_new_tokens=12,
                             do_sample=False, pad_token_id=tokenizer.pad_token_id) for m in (ours, theirs)]
     peft_errors[name] = ((a - b).abs().max().item() / a.abs().max().item(), gradient)
     print(f"{name:>18}: logits differ by {peft_errors[name][0]:.0e} of the largest, gradients by {gradient:.0e}; "
-          f"the same text: {torch.equal(*texts)}; the adapter moves the logits by up to {(a - plain_logits).abs().max():.1f}")
+          f"the same text: {torch.equal(*texts)}; the adapter moves the logits by up to "
+          f"{(a - plain_logits).abs().max():.1f}")
     assert max(peft_errors[name]) <= 1e-5 and torch.equal(*texts)
 
 # %% [markdown]
 # ### Find the line
 #
-# The step from the stored table to keys and values, your `prefix_for_gqa`, is in peft's `PeftModel.get_prompt`. (It does
-# not repeat the heads: the model's attention does that, after the cache.)
+# The step from the stored table to keys and values, your `prefix_for_gqa`, is in peft's `PeftModel.get_prompt`. (It
+# does not repeat the heads: the model's attention does that, after the cache.)
 
 # %%
 from peft.peft_model import PeftModel
 
 lines, first_line = inspect.getsourcelines(PeftModel.get_prompt)
-marks = ("past_key_values.view(", "permute([2, 0, 3, 1, 4])", "DynamicCache(past_key_values)", "torch.cat([past_key_values",
+marks = ("past_key_values.view(", "permute([2, 0, 3, 1, 4])", "DynamicCache(past_key_values)",
+         "torch.cat([past_key_values",
          "prompts.repeat(batch_size", "embedding.weight.repeat(batch_size", "peft_config.num_layers * 2")
 print(f"peft {peft.__version__}, peft/peft_model.py, get_prompt: {len(lines)} lines, of which:")
 for number, line in enumerate(lines):
@@ -1063,7 +1095,7 @@ for number, line in enumerate(lines):
 # | `num_transformer_submodules == 2` | an encoder–decoder: the prefix is doubled, and each layer takes its part |
 # | `num_kv_shared_layers` | some models let several layers share one cache: only the first of them gets a prefix |
 # | `transformers_lt_4_56` | older versions of transformers made a cache in another way |
-# | `map_cache_to_layer_device_map` | layers may live on several GPUs, and each layer's prefix has to be where the layer is |
+# | `map_cache_to_layer_device_map` | layers on several GPUs: each layer's prefix has to be where the layer is |
 #
 # **Go and look** (nothing to hand in): `peft/tuners/prefix_tuning/model.py`. Which line is the `tanh`? What does
 # `init_weights="zero"` set to zero when there is an MLP, and why is that not the trap of part 5?
@@ -1075,9 +1107,9 @@ for number, line in enumerate(lines):
 #
 # </details>
 #
-# One difference is worth knowing. With a **batch padded on the left**, peft (0.21.2) ignores positions in prompt tuning, so
-# the padding stands between the prompt and the words, and what a row generates depends on its neighbours. Ours shifts
-# the positions instead. See it:
+# One difference is worth knowing. With a **batch padded on the left**, peft (0.21.2) ignores positions in prompt
+# tuning, so the padding stands between the prompt and the words, and what a row generates depends on its neighbours.
+# Ours shifts the positions instead. See it:
 
 # %%
 def last_logits(m, pad: int):
@@ -1095,8 +1127,10 @@ ours = attach(copy.deepcopy(model), PromptTuningConfig(12), seed=1)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     theirs = peft.get_peft_model(copy.deepcopy(model), WAYS["prompt tuning"][1]).eval()
-left = {name: (last_logits(m, 6) - last_logits(m, 0)).abs().max().item() for name, m in (("ours", ours), ("peft", theirs))}
-print("six padding tokens on the left change the last logits by:", {name: f"{value:.0e}" for name, value in left.items()})
+left = {name: (last_logits(m, 6) - last_logits(m, 0)).abs().max().item()
+        for name, m in (("ours", ours), ("peft", theirs))}
+print("six padding tokens on the left change the last logits by:", {name: f"{value:.0e}"
+                                                                    for name, value in left.items()})
 
 # %% [markdown]
 # # The sources say, we measured
@@ -1112,7 +1146,8 @@ W = model.model.layers[0].self_attn
 reach = int(torch.linalg.matrix_rank(torch.cat([W.k_proj.weight, W.v_proj.weight]).detach()))
 noisy = abs(cost["base again (A/A)"][0] - 1) > 0.1
 zero_row, random_row, text_row = (measured[f"prefix, {s}"] for s in ("zero", "random", "text"))
-best_prefix, best_prompt = (min((row for name, row in measured.items() if name.startswith(kind + ",")), key=lambda row: row["end"])
+best_prefix, best_prompt = (min((row for name, row in measured.items() if name.startswith(kind + ",")),
+                                key=lambda row: row["end"])
                             for kind in ("prefix", "prompt"))
 rows = [
     ("source", "it says", "we measured", ""),
@@ -1121,42 +1156,52 @@ rows = [
      f"our layer against peft's: {peft_errors['prefix tuning'][0]:.0e}", "✓"),
     ("000", "$P_K, P_V$ have the shape (length, d_model)",
      f"(length, kv-heads · head_dim): for Llama-3.2-1B {prefix_1b // 640} columns, not 2048", "✗ with grouped queries"),
-    ("001, problem 5", "6,553,600 numbers, 0.05 %", f"{problem_5:,}, {problem_5 / 13e9:.2%}; the real 13B is 5120 wide: {real_13b:,}",
+    ("001, problem 5", "6,553,600 numbers, 0.05 %", f"{problem_5:,}, {problem_5 / 13e9:.2%}; the real 13B is 5120 "
+                                                    f"wide: {real_13b:,}",
      "✓, of another model"),
     ("001", "GPT-2 Medium, $p = 10$: about 490 K", f"{medium:,}", verdict(medium == 491_520)),
     ("004", "prefix tuning trains 1–2 %",
-     f"Llama-3.2-1B, $P = 20$: {prefix_1b / total_1b:.3%}; with the MLP {mlp_1b / total_1b:.2%}; 1 % would be $P$ = {length_for_1}",
+     f"Llama-3.2-1B, $P = 20$: {prefix_1b / total_1b:.3%}; with the MLP {mlp_1b / total_1b:.2%}; 1 % would be $P$ = "
+     f"{length_for_1}",
      "depends on length, heads, MLP"),
     ("004", "prompt tuning trains below 0.1 %", f"{prompt_1b / total_1b:.4%}", verdict(prompt_1b / total_1b < 1e-3)),
     ("004", "prefix tuning performs better than prompt tuning",
      f"held-out loss of the best start, 20 virtual tokens: {best_prefix['end']:.2f} and {best_prompt['end']:.2f}; but "
-     f"{trained:,} numbers against {20 * model.config.hidden_size:,}", verdict(best_prefix["end"] < best_prompt["end"], "✓ here", "not here")),
+     f"{trained:,} numbers against {20 * model.config.hidden_size:,}", verdict(best_prefix["end"] < best_prompt["end"],
+                                                                               "✓ here", "not here")),
     ("004", "prompt tuning of small models is unstable, prefix tuning stable",
-     f"standard deviation over {random_row['seeds']} seeds, from random numbers: prompt {measured['prompt, random']['sd']:.3f}, prefix "
-     f"{random_row['sd']:.3f}", verdict(measured["prompt, random"]["sd"] > 2 * random_row["sd"], "✓ here", "not here")),
-    ("001", "keys and values, not queries", f"{extra_queries} more queries change the words' outputs by {difference:.0e}", verdict(difference < 1e-5)),
+     f"standard deviation over {random_row['seeds']} seeds, from random numbers: prompt "
+     f"{measured['prompt, random']['sd']:.3f}, prefix {random_row['sd']:.3f}",
+     verdict(measured["prompt, random"]["sd"] > 2 * random_row["sd"], "✓ here", "not here")),
+    ("001", "keys and values, not queries", f"{extra_queries} more queries change the words' outputs by "
+                                            f"{difference:.0e}", verdict(difference < 1e-5)),
     ("001, its table", "inference overhead of prefix and prompt tuning: none",
-     f"{more:,} more bytes of cache (4 rows, $P = 20$); time × {cost['prefix, P = 20'][0]:.2f} and {cost['soft prompt, P = 20'][0]:.2f} "
-     f"(base against itself {cost['base again (A/A)'][0]:.2f}{': too noisy a machine for times' if noisy else ''})", "✗"),
+     f"{more:,} more bytes of cache (4 rows, $P = 20$); time × {cost['prefix, P = 20'][0]:.2f} and "
+     f"{cost['soft prompt, P = 20'][0]:.2f} (base against itself "
+     f"{cost['base again (A/A)'][0]:.2f}{': too noisy a machine for times' if noisy else ''})", "✗"),
     ("001, below the table", "they cannot be merged and always add some overhead", "the same measurement", "✓"),
     ("003", "parameters are prepended to the hidden states of all layers",
-     f"to keys and values. One hidden state of {model.config.hidden_size} numbers gives a key and a value through $W_k$, $W_v$ "
-     f"(rank {reach} here); LLaMA-Adapter does it so", "not quite"),
+     f"to keys and values. One hidden state of {model.config.hidden_size} numbers gives a key and a value through "
+     f"$W_k$, $W_v$ (rank {reach} here); LLaMA-Adapter does it so", "not quite"),
     ("003", "optimising the prefix directly is unstable",
      f"at the chosen rate, 3 seeds: {random_row['end']:.2f} ± {random_row['sd']:.2f} directly, {mlp_row['end']:.2f} ± "
      f"{mlp_row['sd']:.2f} through an MLP", verdict(mlp_row["end"] < random_row["end"], "✓ here", "not here")),
     ("003", "LLaMA-Adapter: 1.2 M for the 7B", f"30 layers · 10 tokens · 4096 = {adapter_7b:,} (and the gates)", "✓"),
-    ("003", "the adaption prompt is concatenated as a prefix", "its softmax is apart from the words'; else gate 0 were not the base model",
+    ("003", "the adaption prompt is concatenated as a prefix", "its softmax is apart from the words'; else gate 0 were "
+                                                               "not the base model",
      "half of it"),
     ("003", "the gate avoids noise early in training",
      f"loss before training {gate_start['gate 0']:.2f} with it, {gate_start['no gate']:.2f} without; after 60 steps "
      f"{measured['gate from 0']['end']:.2f} and {measured['no gate']['end']:.2f}",
      verdict(measured["gate from 0"]["end"] < measured["no gate"]["end"])),
-    ("004", "task-specific prefixes allow batches across tasks", f"two tasks in a batch: {batch_error:.0e} from each alone", "✓"),
+    ("004", "task-specific prefixes allow batches across tasks", f"two tasks in a batch: {batch_error:.0e} from each "
+                                                                 f"alone", "✓"),
     ("peft's benchmark (theirs)", "started from a text and tuned: prefix 0.186 → 0.416, prompt 0.057 → 0.343",
-     f"our scale, held-out loss, rate chosen for each: prefix random {random_row['end']:.2f}, text {text_row['end']:.2f}; prompt random "
-     f"{measured['prompt, random']['end']:.2f}, text {measured['prompt, text']['end']:.2f}",
-     verdict(text_row["end"] < random_row["end"] and measured["prompt, text"]["end"] < measured["prompt, random"]["end"], "✓ here, too",
+     f"our scale, held-out loss, rate chosen for each: prefix random {random_row['end']:.2f}, text "
+     f"{text_row['end']:.2f}; prompt random {measured['prompt, random']['end']:.2f}, text "
+     f"{measured['prompt, text']['end']:.2f}",
+     verdict(text_row["end"] < random_row["end"] and measured["prompt, text"]["end"] < measured["prompt, random"][
+         "end"], "✓ here, too",
              "in part")),
 ]
 display(Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows)))
@@ -1178,10 +1223,11 @@ display(Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows)))
 # **Read**
 #
 # - Li & Liang 2021, [Prefix-Tuning](https://arxiv.org/abs/2101.00190): section 4 (method and MLP), 7.4 (the start).
-# - Lester et al. 2021, [The Power of Scale for Parameter-Efficient Prompt Tuning](https://arxiv.org/abs/2104.08691): figure 3.
+# - Lester et al. 2021, [The Power of Scale for Parameter-Efficient Prompt Tuning](https://arxiv.org/abs/2104.08691):
+#   figure 3.
 # - Liu et al. 2021, [GPT Understands, Too](https://arxiv.org/abs/2103.10385): P-tuning.
-# - He et al. 2022, [Towards a Unified View](https://arxiv.org/abs/2110.04366): the mixture with $\lambda$, and what prefixes have in
-#   common with adapters.
+# - He et al. 2022, [Towards a Unified View](https://arxiv.org/abs/2110.04366): the mixture with $\lambda$, and what
+#   prefixes have in common with adapters.
 # - Zhang et al. 2023, [LLaMA-Adapter](https://arxiv.org/abs/2303.16199): section 3.2, the gate.
 # - `pefttools/prefix.py` and `pefttools/llama_adapter.py`, and `get_prompt` in `peft/peft_model.py`.
 #

@@ -244,8 +244,9 @@ show(pictures.trained_picture(recipes),
 #
 # PyTorch's AdamW makes its moments in the dtype of the parameter. bitsandbytes' 8-bit AdamW keeps each in one byte,
 # with a float32 scale for every block of 256, but leaves tensors of fewer than 4,096 numbers in float32. Adafactor
-# does not keep the second moment of a matrix at all, only its row means and its column means (in float32); of a vector
-# it keeps it whole. Plain SGD remembers nothing.
+# does not keep the second moment of a matrix at all, only its row means and its column means; of a vector, which has no
+# rows and columns, it keeps it whole. What Adafactor keeps is float32, whatever the parameter is. Plain SGD remembers
+# nothing.
 
 # %% [markdown] exercise="optimizer-bytes"
 # Write `optimizer_bytes(shapes, dtype_bytes, optimizer)`: the bytes of *state* that the optimizer keeps for trained
@@ -432,8 +433,8 @@ table(["one layer", "bytes a token, measured", "by the table", "of full fine-tun
         for name, n in kept_by.items()])
 rest = kept_by["full fine-tuning"] - formula["full fine-tuning"]
 rest_lora = kept_by["LoRA, ours"] - formula["LoRA, ours"] - rest
-print(f"left over: {rest:.0f} bytes = 4 for each of {H} heads (the softmax's sum) and 4 for each norm; with LoRA {rest_lora:.0f} more = "
-      f"4 · r · 7 layers, r = 16")
+print(f"left over: {rest:.0f} bytes = 4 for each of {H} heads (the softmax's sum) and 4 for each norm;\n"
+      f"with LoRA {rest_lora:.0f} more = 4 · r · 7 layers, r = 16")
 
 # %% [markdown]
 # `peft` keeps *more with LoRA than full fine-tuning keeps*. Here is why, in its source: each adapted layer turns its
@@ -499,7 +500,7 @@ show(pictures.logits_picture(2048, 128_256, 16),
 # | the logits | 2 (or 4 in float32) | only if somebody still holds them: `out = model(…)`, and `out.logits` lives as long as `out` |
 # | their log-probabilities | 4 | the loss is computed in float32, and its backward pass needs these |
 # | gradient with respect to them | 4 | the first step of the backward pass |
-# | gradient with respect to the logits | 4 | the second step, while the first is still there |
+# | gradient with respect to the logits' float32 copy | 4 | the second step, while the first is still there; only then it becomes 16 bits |
 #
 # (In between, in the forward pass, there is a float32 copy of the logits too. It is gone by then.)
 
@@ -600,8 +601,8 @@ for (term, n), reckoning in zip(by_hand.items(), how):
 rows.append(["**together, when the loss goes backward**", "", f"**{at_the_loss:,.0f}**", f"**{at_the_loss / GiB:.2f}**"])
 table(*rows)
 one_layer = tokens * (12 * 2048 + 4 * 2048 + 4 * 512 + 8 * 8192)
-print(f"The other candidate for the peak, a layer that runs again when the logits are gone: {gib(one_layer, 2)} instead of "
-      f"{gib(by_hand['logits and loss'], 2)}")
+print("The other candidate for the peak, a layer that runs again when the logits are gone:\n"
+      f"{gib(one_layer, 2)} instead of {gib(by_hand['logits and loss'], 2)}")
 
 # %% [markdown]
 # Where are the gradients? At this moment there are none: they come layer by layer as the backward pass goes on, while
@@ -839,7 +840,8 @@ curve_gap = max(abs(a - b) for a, b in zip(plain[1], thrifty[1]))
 show(pictures_of_00.two_losses(losses),
      alt="Training losses of " + "; ".join(f"{name}: {loss[0]:.2f} → {loss[-1]:.2f}" for name, loss in losses.items())
          + ". The first two lie on each other.")
-print("peak of a step: " + ", ".join(f"{name} {mib(peak)} ({seconds:.0f} s)" for name, (_, _, peak, seconds) in runs.items()))
+for name, (_, _, peak, seconds) in runs.items():
+    print(f"{name:>32}: {mib(peak):>10} at the peak of a step, {seconds:.0f} s in all")
 print(f"plain and thrifty: losses differ by at most {curve_gap:.1e}, and the peak is {plain[2] / thrifty[2]:.1f} times smaller")
 if AdamW8bit is not None:
     eight = max(abs(a - b) for a, b in zip(plain[1], losses["16 rows at once, 8-bit AdamW"]))
@@ -869,21 +871,22 @@ changes = [
     ("… by paged AdamW", "full", dict(optimizer="paged_adamw")), ("… by Adafactor", "full", dict(optimizer="adafactor")),
     ("… by 4 GPUs (FSDP), on each", "full", dict(gpus=4)), ("… by 8 GPUs (FSDP), on each", "full", dict(gpus=8)),
 ]
-found, rows = {}, [["", "allocated at the peak", "saved", "weights", "optimizer", "layers keep", "logits", "peak at"]]
+found, rows = {}, [["in GiB", "allocated at the peak", "saved", "weights", "optimizer", "layers keep", "logits"]]
 for name, method, change in changes:
     settings = (full_start if method == "full" else start) | change
     know = simulate if settings.get("gpus", 1) > 1 else estimate          # the formula is for one GPU
     memory = found[method if not change else name, method] = know("llama-3.1-8b", method, **settings)
     reference = found["full" if method == "full" else "lora", "full" if method == "full" else "lora"]
     held = memory.terms
-    rows.append([name, f"**{gib(memory.total)}**", f"{1 - memory.total / reference.total:.0%}" if memory is not reference else "",
-                 gib(held["weights"] + held["constants"]), gib(held["optimizer"]), gib(held["activations"]), gib(held["logits"]),
-                 widgets.moment_of(memory)])
+    rows.append([name, f"**{memory.total / GiB:.1f}**", f"{1 - memory.total / reference.total:.0%}" if memory is not reference else "",
+                 *(f"{n / GiB:.1f}" for n in (held["weights"] + held["constants"], held["optimizer"], held["activations"],
+                                              held["logits"]))])
 table(*rows)
+print("peak at:", " / ".join(sorted({widgets.moment_of(memory) for memory in found.values()})))
 
 # %% [markdown]
-# - **8-bit AdamW** saves next to nothing with LoRA: the adapter's moments are small. In full fine-tuning it saves half
-#   of the largest term but one.
+# - **8-bit AdamW** saves next to nothing with LoRA: the adapter's moments are small. In full fine-tuning they are the
+#   largest term, and it saves half of it.
 # - **Paged** moments live in memory that the driver moves between GPU and host when the GPU is full. They can be
 #   evicted, so they need not fit; the price is time at every spike.
 # - **FSDP** gives each of $N$ GPUs $1/N$ of weights, gradients and optimizer state, and each gathers a whole layer for

@@ -21,16 +21,42 @@ REPO = "peft-course/peft-course"
 BRANCH = "main"
 
 SETUP = """\
-# On Colab this installs what is missing there (and never touches its torch or numpy). Anywhere else it does nothing.
+# On Colab this installs what is missing or too old there; anywhere else it does nothing. It may be run twice. torch and
+# numpy are only looked at: another one under a running kernel would break what is loaded.
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
 
+
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def older(found, least):
+    def numbers(text):
+        return [int("0" + "".join(filter(str.isdigit, part))) for part in text.split(".")[:2]]
+
+    return numbers(found) < numbers(least)
+
+
 if "google.colab" in sys.modules:
-    needed = {{"pefttools": "git+https://github.com/{repo}@{branch}", "peft": "peft", "bitsandbytes": "bitsandbytes"}}
-    missing = [source for module, source in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing], check=True)"""
+    least = {{"transformers": "5.0", "tokenizers": "0.22", "huggingface_hub": "1.0", "datasets": "4.0", "peft": "0.18",
+             "accelerate": "1.2", "bitsandbytes": "0.49", "safetensors": "0.5"}}
+    wanted = [f"{{name}}>={{number}}" for name, number in least.items() if older(version(name), number)]
+    if importlib.util.find_spec("pefttools") is None:
+        wanted.append("pefttools @ git+https://github.com/{repo}@{branch}")
+    if wanted:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *wanted], check=True)
+        importlib.invalidate_caches()
+        if stale := [name for name in least if name in sys.modules and f"{{name}}>={{least[name]}}" in wanted]:
+            print("Now choose Runtime, Restart session, and run all again. Loaded in an old version:", ", ".join(stale))
+    for name, number in {{"torch": "2.6", "numpy": "1.26"}}.items():
+        if older(version(name), number):
+            print(f"{{name}} {{version(name)}} is older than {{number}}; it is left as it is, and things may fail.")"""
 
 
 @dataclass
@@ -97,8 +123,13 @@ def _assemble(chapter: Chapter, cells: list[Cell], entries: dict[str, Any]) -> N
             f"# exercise: {name}\n{code}",
             cell,
             name,
-            {"grade": False, "grade_id": name, "locked": False, "solution": True},
+            {"grade": False, "grade_id": name, "locked": False, "solution": True} | by_hand(name),
         )
+
+    def by_hand(name: str) -> dict[str, Any]:
+        """nbgrader takes an answer cell that is graded itself for one that somebody has to read."""
+        points = getattr(entries[name], "by_hand", 0)
+        return {"grade": True, "points": points} if points else {}
 
     def put_check(name: str, code: str, cell: Cell) -> None:
         put(
@@ -171,7 +202,7 @@ def _title(chapter: Chapter, entries: dict[str, Any]) -> str:
     exercises = sum(not is_question(e) for e in entries.values())
     parts = [_count(exercises, "exercise"), _count(len(entries) - exercises, "question")]
     facts.append(
-        f"{_count(sum(e.points for e in entries.values()), 'point')} in {' and '.join(p for p in parts if p[0] != '0')}"
+        f"{_count(sum(e.points + getattr(e, 'by_hand', 0) for e in entries.values()), 'point')} in {' and '.join(p for p in parts if p[0] != '0')}"
     )
     needs = chapter.head.get("needs") or []
     needs = needs if isinstance(needs, list) else re.split(r"[,\s]+", str(needs).strip())
@@ -187,7 +218,8 @@ def _count(n: int, noun: str) -> str:
 
 
 def _heading(entry: Any) -> str:
-    return f"### Exercise · {entry.title} · {entry.stars} · {entry.minutes} min · {_count(entry.points, 'point')}"
+    by_hand = f", and {entry.by_hand} by hand" if getattr(entry, "by_hand", 0) else ""
+    return f"### Exercise · {entry.title} · {entry.stars} · {entry.minutes} min · {_count(entry.points, 'point')}{by_hand}"
 
 
 def _question(number: int, entry: Any) -> str:

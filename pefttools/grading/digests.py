@@ -44,7 +44,8 @@ def definitions(entries: dict[str, Exercise]) -> str:
         try:
             for each in closure([name]):
                 path = PACKAGE.parent.joinpath(*each.split("."))
-                files.add(path / "__init__.py" if path.is_dir() else path.with_suffix(".py"))
+                module = path.with_suffix(".py")
+                files.add(path / "__init__.py" if path.is_dir() and not module.is_file() else module)
         except (ExerciseError, OSError, SyntaxError):
             continue
     content = hashlib.sha256()

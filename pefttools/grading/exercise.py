@@ -56,6 +56,8 @@ class Exercise:
     files named in `files` leave the student's process, and the probe, which gets a folder with copies of them, runs in
     another one, where the student's code never was.
 
+    `by_hand` points are given by a person who reads the answer, in formgrader, beside the `points` of the check.
+
     Random numbers: before every probe torch's and Python's generators are set to the same seed for every work, and put
     back afterwards. Still, a leaf should not be a random number of the work's own choosing: name what must hold of it
     ("B is zero at the start": True).
@@ -78,6 +80,7 @@ class Exercise:
     hides: tuple[str, ...] = ()
     reading: Callable[[Any, dict], Any] | None = None
     files: tuple[str, ...] = ()
+    by_hand: int = 0
 
     # A question must not show the expected letter beside the given one; and it explains why the right one is right.
     reveals = True
@@ -100,6 +103,7 @@ class Exercise:
             'two digits and a name, such as "02_lora"',
         )
         _want(isinstance(self.title, str) and self.title.strip() != "", where, "title", self.title, "some text")
+        _want(type(self.by_hand) is int and self.by_hand >= 0, where, "by_hand", self.by_hand, "a whole number, 0 or more")
         for name in ("points", "minutes"):
             value = getattr(self, name)
             _want(type(value) is int and value > 0, where, name, value, "a whole number above 0")

@@ -21,7 +21,7 @@ from pefttools.grading.archives import CLASS, BadArchive, Bounds, is_archive, un
 from pefttools.grading.people import person, shown
 from pefttools.grading.splice import LIMIT
 
-ARTEFACTS = ("adapter_model.safetensors", "adapter_config.json")
+ARTEFACTS = ("adapter_model.safetensors", "adapter_config.json", "llama_1b_model.safetensors", "llama_1b_config.json")
 ARTEFACT_LIMIT = 256 * 2**20
 BOUNDS = Bounds()  # of one person's archive
 SKIPPED = {"__MACOSX", "__pycache__", "node_modules", "site-packages", "autograded", "feedback"}

@@ -5,7 +5,8 @@
     spliced notebook ─plan─► answer ── run in the sandbox ──► its outputs, cut down to text and pictures
                              check ── cases (drawn here) ──► probe in the sandbox ──► bytes ──► judge() ──► Verdict
                                                                        the check cell's only output ◄──────┘
-                             all else: not run
+                                      files handed in beside it: an artefact's check takes these
+    all else: not run
 
 A check cell's output is an `execute_result` whose text/plain is the points, which is what nbgrader's SaveAutoGrades
 reads. No message from the kernel gets near it. A cell that kills the kernel, or cannot be stopped, is left out and the
@@ -54,6 +55,7 @@ class JudgedExecute(Execute):
     stages = Unicode("", help="folder for what the sandbox sees of this package; by default a temporary one").tag(config=True)
     secret = List(Unicode(), help="folders not to be seen inside, wherever they lie").tag(config=True)
     entries = Dict(help="{name: Exercise} in place of the registry")
+    handed_in = Dict(help="{file name: bytes} of what was handed in beside the notebook")
 
     def preprocess(self, nb: NotebookNode, resources: Any = None, km: Any = None) -> tuple[NotebookNode, Any]:
         """Run and judge; returns the notebook with its outputs.
@@ -66,7 +68,7 @@ class JudgedExecute(Execute):
                                          if name in {each.name for each in fields(Limits)}})
         seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed
         session = Session(nb, seed, limits, self.sandbox, self._find, Path(self.stages or _own_folder()),
-                          self._secret(resources))
+                          self._secret(resources), self.handed_in)
         _run(session.grade)
         nb.metadata["pefttools"] = session.record
         return nb, resources
@@ -87,8 +89,9 @@ class Session:
     """One notebook: its steps, the kernel of the moment, and the verdicts so far."""
 
     def __init__(self, nb: NotebookNode, seed: int, limits: Limits, sandbox: bool, find: Any, stages: Path,
-                 secret: tuple[Path, ...]) -> None:
+                 secret: tuple[Path, ...], handed_in: dict[str, bytes]) -> None:
         self.nb, self.seed, self.limits, self.sandbox, self.secret = nb, seed, limits, sandbox, secret
+        self.handed_in = handed_in
         for cell in nb.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
@@ -168,6 +171,11 @@ class Session:
         exercise, token = self.exercises[step.name], secrets.token_hex(12)
         await self.drawn
         cases, content = self.cases[step.name]
+        if files := {name: self.handed_in[name] for name in exercise.files if name in self.handed_in}:
+            started = time.monotonic()         # what was handed in counts, not what the code would write once more
+            self._show(step, await self._probed(exercise, files))
+            self._add("judge", time.monotonic() - started)
+            return Ran("done")
         if exercise.accepts == "artefact":
             content = to_wire({"files": list(exercise.files), "most": ANSWERS // 2})
         try:
@@ -194,8 +202,10 @@ class Session:
     async def _artefact(self, exercise: Any, blob: bytes) -> Any:
         """Probe the student's files where the student's code never was."""
         files, verdict = await self._aside(files_of, exercise, blob, self.seed)
-        if files is None:
-            return verdict
+        return verdict if files is None else await self._probed(exercise, files)
+
+    async def _probed(self, exercise: Any, files: dict[str, bytes]) -> Any:
+        """The verdict on these files, which may be a stranger's: they are opened in a sandbox of their own."""
         from pefttools.grading.artefact import probe_files
 
         cases, content = self.cases[exercise.name]

@@ -33,6 +33,7 @@ class Job:
     sandbox: bool = True
     settings: dict[str, Any] = field(default_factory=dict)   # JudgedExecute's, of nbgrader_config.py
     entries: str = ""              # "file.py:function" in place of the registry of exercises
+    files: dict[str, Any] = field(default_factory=dict)      # handed in beside the notebook: name → path, or bytes
 
 
 @dataclass
@@ -58,6 +59,7 @@ def judge_one(job: Job) -> JudgedResult:
     with _one_at_a_time:
         notebook = nbformat.reads(job.text, as_version=4)
         more = {"entries": entries_of(job.entries)(job.chapter)} if job.entries else {}
+        more["handed_in"] = {name: file if type(file) is bytes else Path(file).read_bytes() for name, file in job.files.items()}
         execute = JudgedExecute(config=Config({"JudgedExecute": {**job.settings, "sandbox": job.sandbox,
                                                                  "seed": job.seed}}), **more)
         notebook, _ = execute.preprocess(notebook, {})

@@ -98,7 +98,8 @@ def files_of(exercise: Exercise, blob: bytes, seed: int) -> tuple[dict[str, byte
         return None, not_written(exercise, seed)
     complaint = unfit(exercise, answer)
     if complaint is None and answer["trouble"]:
-        complaint = f"Your files cannot be taken: {answer['trouble']}."
+        complaint = (f"Your files cannot be taken: {answer['trouble']}. Hand them in beside the notebook, as they are or in one "
+                     f"zip: {', '.join(exercise.files)}.")
     if complaint is not None:
         return None, Verdict.of(exercise, "work", complaint, seed=seed)
     return {name: content.numpy().tobytes() for name, content in answer["files"].items()}, None

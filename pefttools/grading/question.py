@@ -147,7 +147,9 @@ def ask(question: str | Question, answer: str | None = None) -> None:
     from IPython.display import display
 
     # One output with both: front ends that know widgets show the buttons, all others the text.
-    bundle = dict(panel._repr_mimebundle_())
+    from pefttools.widgets.base import widget_bundle
+
+    bundle = widget_bundle(panel)
     bundle["text/plain"] = _plain_text(question)
     bundle["text/markdown"] = question.markdown()
     display(bundle, raw=True)

@@ -79,6 +79,7 @@ class Run:
     def grade(self, folder: Path, chapter: str | None, workers: int | None, scheduler: str | None) -> list[Result]:
         """The rows of the table, in its order."""
         started = time.perf_counter()
+        self.remote = bool(scheduler)  # workers elsewhere do not see the files of this machine
         hand_ins = collect(folder, {name: pristine for name, (_, pristine, _) in self.chapters.items()}, self.room.out)
         if chapter:  # other chapters' hand-ins are none of this run's business
             hand_ins = [h for h in hand_ins if h.chapter or not h.problem.startswith(UNKNOWN)]
@@ -118,7 +119,9 @@ class Run:
         if repairs:
             spliced["cells"].insert(0, _repair_cell(repairs))
         text = dumps(spliced)
-        result.digest = digest_of(text, defined, self.seed, self.sandbox, self.settings.get("limit", {}))
+        beside = {name: _sha256(path) for name, path in sorted(hand_in.artefacts.items())}
+        result.digest = digest_of(text, defined, self.seed, self.sandbox, self.settings.get("limit", {}),
+                                  *([beside] if beside else []))
         before = self.room.noted(chapter.name, result.student)
         page = self.room.page(result.student, chapter)
         if not self.force and before is not None and before.digest == result.digest and before.status == "graded":
@@ -135,8 +138,9 @@ class Run:
 
     def _job(self, task: _Task) -> Job:
         result = task.result
+        files = {name: path.read_bytes() if self.remote else str(path) for name, path in task.hand_in.artefacts.items()}
         return Job(result.student, result.chapter, task.text, result.digest, seed_of(result), self.sandbox,
-                   self.settings, self.spec)
+                   self.settings, self.spec, files)
 
     def _finish(self, task: _Task) -> None:
         """Write a judged hand-in: gradebook, autograded/, feedback/, and last the note that it is done."""
@@ -212,6 +216,11 @@ def _progress(futures: dict[Future, _Task]) -> Iterator[tuple[_Task, Future]]:
             bar.set_postfix_str(f"{task.result.student} {task.result.chapter}")
             yield task, future
             bar.update()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _words(error: BaseException) -> str:

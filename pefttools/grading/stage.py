@@ -312,7 +312,8 @@ def _is_module(name: str) -> bool:
 def _module_file(name: str) -> tuple[str, str]:
     """(its path in the stage, its source)"""
     path = PACKAGE.parent.joinpath(*name.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    module = path.with_suffix(".py")           # a folder of that name may lie beside it: pefttools/lab/data, data.py
+    path = path / "__init__.py" if path.is_dir() and not module.is_file() else module
     if not path.is_file():
         raise ExerciseError(f"there is no module {name}")
     return str(path.relative_to(PACKAGE.parent)), path.read_text(encoding="utf-8")

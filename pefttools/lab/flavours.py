@@ -2,10 +2,11 @@
 
     python -m pefttools.lab.flavours [--to pefttools/lab/flavours.json] [--only rate rank …]
 
-Every run trains a fresh copy for a few steps and measures the held-out loss on two sets of rows: one to choose by (which
-learning rate is best), one to report. A seed draws the start and the order of the data; there are three for everything.
-Every run is kept in the JSON file as it ends, so that a stopped script goes on where it was. About ten minutes on one
-core. Chapter 08 shows the results and trains some of the runs again, in small.
+Every run trains a fresh copy for a hundred steps and measures the held-out loss on two sets of rows: one to choose by
+(which learning rate is best), one to report. A seed draws the start and the order of the data; there are three for
+everything, and five for each method at its best rate. Every run is kept in the JSON file as it ends, so that a stopped
+script goes on where it was. About forty minutes of one core. Chapter 08 shows the results and trains some of the runs
+again, in small.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).with_suffix(".json")
-SEEDS, STEPS, BATCH, R, ALPHA, RATIO = (0, 1, 2), 20, 4, 8, 16, 16.0
+SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4)      # methods are compared at their best rates: there, two more
+STEPS, BATCH, R, ALPHA, RATIO = 100, 4, 8, 16, 16.0
 METHODS = ("full", "LoRA", "LoRA+", "DoRA")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# each method has its best inside its own five
+LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = {"full": LOW, "LoRA": HIGH, "LoRA+": LOW, "DoRA": HIGH}
 RANKS, RANK_RATE = (4, 16, 64), 1e-3
-BATCHES, BATCH_ROWS, BATCH_RATES = (2, 32), 96, {"full": (3e-4, 1e-3), "LoRA": (3e-3, 1e-2)}
+BATCHES, BATCH_ROWS, BATCH_RATES = (2, 32), 384, {"full": (3e-4, 1e-3, 3e-3), "LoRA": (3e-3, 1e-2, 3e-2)}
 PLACES, PLACE_RATE = {"all 6 layers": None, "top 2": (4, 5), "middle 2": (2, 3), "bottom 2": (0, 1)}, 3e-3
-DROPOUTS, DROPOUT_ROWS, DROPOUT_STEPS, DROPOUT_RATE = (0.0, 0.5), 16, 40, 1e-2
+DROPOUTS, DROPOUT_ROWS, DROPOUT_STEPS, DROPOUT_RATE = (0.0, 0.5), 16, 100, 1e-2
 
 
 def put_on(model, method: str, seed: int, r: int = R, alpha: float = ALPHA, layers=None, dropout: float = 0.0,
@@ -101,20 +105,22 @@ def run(base, rows, choose, report, method: str, lr: float, seed: int, steps: in
 
 def plan() -> list[tuple[str, str, str, dict]]:
     """Everything that is run: (experiment, row, column, the arguments of `run`), seeds apart."""
-    todo = [("rate", method, f"{lr:g}", {"method": method, "lr": lr}) for lr in RATES for method in METHODS]
+    todo = [("rate", method, f"{lr:g}", {"method": method, "lr": lr}) for method in METHODS for lr in RATES[method]]
     for r in RANKS:                       # the two scales agree at r = 8
         todo.append(("rank", "α/r", str(r), {"method": "LoRA", "lr": RANK_RATE, "r": r, "alpha": float(ALPHA)}))
         todo.append(("rank", "α/√r", str(r), {"method": "LoRA", "lr": RANK_RATE, "r": r, "rslora": True,
                                               "alpha": ALPHA / math.sqrt(R)}))
     for name, layers in PLACES.items():   # two layers with three times the rank: as many parameters
         todo.append(("layers", name, "", {"method": "LoRA", "lr": PLACE_RATE, "layers": layers,
-                                          "r": R if layers is None else 3 * R, "alpha": ALPHA if layers is None else 3 * ALPHA}))
+                                          "r": R * (1 if layers is None else 3), "alpha": ALPHA
+                                          * (1 if layers is None else 3)}))
     for size in BATCHES:
         for method, rates in BATCH_RATES.items():
             todo += [("batch", f"{method}, {size}", f"{lr:g}", {"method": method, "lr": lr, "batch": size,
                                                                 "steps": BATCH_ROWS // size}) for lr in rates]
     for p in DROPOUTS:
-        todo.append(("dropout", f"{p:g}", "", {"method": "LoRA", "lr": DROPOUT_RATE, "dropout": p, "steps": DROPOUT_STEPS}))
+        todo.append(("dropout", f"{p:g}", "", {"method": "LoRA", "lr": DROPOUT_RATE, "dropout": p,
+                                               "steps": DROPOUT_STEPS}))
     return todo
 
 
@@ -125,17 +131,20 @@ def results(path: Path = RESULTS) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def summary(runs: dict, key: str = "end") -> dict | None:
-    """{"mean", "sd", "ends"} over the seeds of one cell; None where a seed ended in NaN."""
-    ends = [run[key] for run in runs.values()]
+def summary(runs: dict, key: str = "end", seeds: tuple[int, ...] = SEEDS + MORE_SEEDS) -> dict | None:
+    """{"mean", "sd", "ends"} over those of the seeds that one cell has; None where one of them ended in NaN."""
+    ends = [run[key] for seed, run in runs.items() if int(seed) in seeds]
     if any(end is None for end in ends):
         return None
     return {"mean": statistics.mean(ends), "sd": statistics.stdev(ends) if len(ends) > 1 else 0.0, "ends": ends}
 
 
 def best(columns: dict) -> tuple[str, dict]:
-    """The column (a learning rate) with the lowest mean on the rows to choose by, and its summary on the others."""
-    means = {name: found["mean"] for name, runs in columns.items() if (found := summary(runs, "choose"))}
+    """The column (a learning rate) with the lowest mean on the rows to choose by, and its summary on the others.
+
+    SEEDS choose, which all columns have; MORE_SEEDS, which only the chosen one has, are in the summary.
+    """
+    means = {name: found["mean"] for name, runs in columns.items() if (found := summary(runs, "choose", SEEDS))}
     name = min(means, key=means.get)
     return name, summary(columns[name])
 
@@ -153,14 +162,26 @@ def main(argv: list[str] | None = None) -> None:
     report, choose = (encoded(shuffled.select(some), base.tokenizer) for some in (range(32), range(192, 224)))
     found = results(args.to)
     todo = [entry for name in args.only for entry in plan() if entry[0] == name]
+
+    def once(experiment: str, row: str, column: str, options: dict, seed: int) -> None:
+        cell = found.setdefault(experiment, {}).setdefault(row, {}).setdefault(column, {})
+        length = options.get("steps", STEPS)
+        if cell.get(str(seed), {}).get("steps") != length:
+            data = rows if experiment != "dropout" else rows[DROPOUT_ROWS * seed:DROPOUT_ROWS * (seed + 1)]
+            cell[str(seed)] = run(base, data, choose, report, seed=seed, **options) | {"steps": length}
+            text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).replace("},", "},\n") + "\n"
+            part = args.to.with_suffix(".part")
+            part.write_text(text)
+            part.replace(args.to)
+            print(experiment, row, column, seed, cell[str(seed)], flush=True)
+
     for seed in SEEDS:
-        for experiment, row, column, options in todo:
-            cell = found.setdefault(experiment, {}).setdefault(row, {}).setdefault(column, {})
-            if str(seed) not in cell:
-                data = rows if experiment != "dropout" else rows[DROPOUT_ROWS * seed:DROPOUT_ROWS * (seed + 1)]
-                cell[str(seed)] = run(base, data, choose, report, seed=seed, **options)
-                args.to.write_text(json.dumps(found, separators=(",", ":"), ensure_ascii=False).replace("},", "},\n") + "\n")
-                print(experiment, row, column, seed, cell[str(seed)], flush=True)
+        for entry in todo:
+            once(*entry, seed)
+    for seed in MORE_SEEDS if "rate" in args.only else ():
+        for method in METHODS:
+            lr = best(found["rate"][method])[0]
+            once("rate", method, lr, {"method": method, "lr": float(lr)}, seed)
 
 
 if __name__ == "__main__":

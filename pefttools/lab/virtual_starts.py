@@ -18,8 +18,8 @@ from pathlib import Path
 RESULTS = Path(__file__).with_suffix(".json")
 TEXT = "Write the Python function that is asked for, and nothing else. Begin with ```python\ndef"
 LENGTH, STEPS, BATCH, CHOOSE, SEEDS = 20, 60, 8, 100, (0, 1, 2)
-RATES = {"prompt": (1e-2, 3e-2, 1e-1, 3e-1), "prefix": (3e-2, 1e-1, 3e-1, 1.0), "prefix-mlp": (3e-3, 1e-2, 3e-2),
-         "p-tuning": (1e-3, 3e-3, 1e-2), "gate": (1e-2, 3e-2, 1e-1, 3e-1)}
+RATES = {"prompt": (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), "prefix": (3e-2, 1e-1, 3e-1, 1.0, 3.0), "prefix-mlp": (3e-3, 1e-2, 3e-2),
+         "p-tuning": (3e-4, 1e-3, 3e-3, 1e-2), "gate": (1e-2, 3e-2, 1e-1, 3e-1)}
 # name: (family, start); RATES has the learning rates of a family
 WAYS = {
     "prompt, random": ("prompt", "random"), "prompt, words": ("prompt", "vocab"), "prompt, text": ("prompt", "text"),

@@ -20,12 +20,12 @@ MODELS: dict[str, dict[str, int]] = {
 }
 PLACES = ("houlsby", "pfeiffer", "parallel", "bapna", "input and output", "IA³", "norms")
 WORDS = {
-    "houlsby": "after attention and after the feed-forward,\neach before its residual sum",
-    "pfeiffer": "after the feed-forward,\nbefore the residual sum",
-    "parallel": "beside the feed-forward:\nreads what that reads",
-    "bapna": "after the whole layer, residual sum\nincluded; with a norm of its own",
-    "input and output": "before the first layer\nand after the last",
-    "IA³": "factors on keys, values\nand the feed-forward's inner activations",
+    "houlsby": "after attention and after the feed-forward, each before its residual sum",
+    "pfeiffer": "after the feed-forward, before the residual sum",
+    "parallel": "beside the feed-forward: reads what that reads",
+    "bapna": "after the whole layer, residual sum included; with a norm of its own",
+    "input and output": "before the first layer and after the last",
+    "IA³": "factors on keys, values and the feed-forward's inner activations",
     "norms": "the norms' own gains",
 }
 
@@ -39,7 +39,8 @@ def _figure(width: float, height: float):
 def _box(ax: Any, x: float, y: float, width: float, height: float, text: str, trained: bool, size: float = 9) -> None:
     from matplotlib.patches import Rectangle
 
-    ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, fc=TRAINED if trained else FROZEN, ec=INK, lw=1.2,
+    ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, fc=TRAINED if trained else FROZEN, ec=INK,
+                           lw=1.2,
                            hatch=None if trained else "////", zorder=3))
     ax.text(x, y, text, ha="center", va="center", fontsize=size, color=INK, zorder=4,
             bbox={"fc": TRAINED if trained else FROZEN, "ec": "none", "pad": 1.2})
@@ -56,15 +57,16 @@ def bottleneck_picture(d: int = 2048, m: int = 64):
     ax.axis("off")
     wide, narrow = 2.0, 2.0 * (m / d) ** 0.5
     for x, text in ((0.2, f"$h$\n{d:,}"), (9.4, f"$y$\n{d:,}")):
-        ax.add_patch(Polygon([(x, -wide / 2), (x, wide / 2), (x + 0.35, wide / 2), (x + 0.35, -wide / 2)], fc="white", ec=INK))
+        ax.add_patch(Polygon([(x, -wide / 2), (x, wide / 2), (x + 0.35, wide / 2), (x + 0.35, -wide / 2)], fc="white",
+                             ec=INK))
         ax.text(x + 0.17, -wide / 2 - 0.1, text, ha="center", va="top", fontsize=11)
     for left, right, a, b, text in ((1.4, 3.6, wide, narrow, f"$W_{{down}}$\n{m} × {d:,}"),
                                     (5.2, 7.4, narrow, wide, f"$W_{{up}}$\n{d:,} × {m}")):
         ax.add_patch(Polygon([(left, -a / 2), (left, a / 2), (right, b / 2), (right, -b / 2)], fc=TRAINED, ec=INK))
         ax.text((left + right) / 2, 0, text, ha="center", va="center", fontsize=10)
-    ax.text(4.4, 0, f"relu\n{m} numbers", ha="center", va="center", fontsize=10)
+    ax.text(4.4, 0.45, f"relu\n{m} numbers", ha="center", va="center", fontsize=10)
     ax.text(8.4, 0, "+", ha="center", va="center", fontsize=18, bbox={"boxstyle": "circle", "fc": "white", "ec": INK})
-    for a, b in ((0.6, 1.35), (3.65, 3.95), (4.85, 5.15), (7.45, 8.1), (8.7, 9.35)):
+    for a, b in ((0.6, 1.35), (3.65, 5.15), (7.45, 8.1), (8.7, 9.35)):
         ax.annotate("", (b, 0), (a, 0), arrowprops={"arrowstyle": "-|>", "color": INK})
     ax.plot([1.0, 1.0, 8.4], [0, 1.45, 1.45], color=INK, lw=1.4)
     ax.annotate("", (8.4, 0.3), (8.4, 1.47), arrowprops={"arrowstyle": "-|>", "color": INK})
@@ -127,11 +129,10 @@ def block_figure(placement: str = "houlsby", model: str = "Llama-3.2-1B", m: int
 
 
 def _block(ax: Any, placement: str) -> None:
-    """The diagram: the stream h runs from left to right, arcs are the residual connections."""
+    """The diagram: the stream h runs from left to right, arcs are the residual connections; A is y + δ(y)."""
     ax.axis("off")
     two, one = placement == "houlsby", placement in ("houlsby", "pfeiffer")
-    arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1}
-    ax.annotate("", (20.6, 0), (-0.6, 0), arrowprops=arrow)
+    ax.annotate("", (20.6, 0), (-0.6, 0), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1})
     for start, end in ((1.2, 8.6), (9.4, 16.9)):
         ax.plot([start, start, end, end], [0, 1.75, 1.75, 0.35], color=INK, lw=1.2, zorder=1)
         ax.text(end, 0, "+", ha="center", va="center", fontsize=13, zorder=5,
@@ -143,40 +144,40 @@ def _block(ax: Any, placement: str) -> None:
     _box(ax, 10.5, 0, 1.3, 1.1, "norm", norms)
     _box(ax, 13.0, 0, 2.7, 1.5, "feed-\nforward", False)
     if two:
-        _box(ax, 7.2, 0, 1.3, 1.1, "δ", True, 12)
+        _box(ax, 7.2, 0, 1.3, 1.1, "A", True, 12)
     if one:
-        _box(ax, 15.4, 0, 1.3, 1.1, "δ", True, 12)
+        _box(ax, 15.4, 0, 1.3, 1.1, "A", True, 12)
     if placement == "parallel":
         ax.plot([11.4, 11.4, 16.9, 16.9], [0, -1.75, -1.75, -0.35], color=INK, lw=1.2, zorder=1)
         _box(ax, 13.6, -1.75, 1.6, 1.0, "s · δ", True, 11)
     if placement == "bapna":
-        _box(ax, 18.7, 0, 1.9, 1.1, "LN, δ", True, 10)
+        _box(ax, 18.7, 0, 1.9, 1.1, "A, norm", True, 9)
     if placement == "input and output":
-        _box(ax, 0.2, 0, 1.1, 1.1, "δ", True, 12)
-        _box(ax, 18.7, 0, 1.1, 1.1, "δ", True, 12)
+        _box(ax, 0.2, 0, 1.1, 1.1, "A", True, 12)
+        _box(ax, 18.7, 0, 1.1, 1.1, "A", True, 12)
         ax.text(0.2, -0.75, "first\nlayer only", ha="center", va="top", fontsize=8)
         ax.text(18.7, -0.75, "last\nlayer only", ha="center", va="top", fontsize=8)
     if placement == "IA³":
         for x, text in ((4.0, "k"), (5.4, "v"), (13.0, "inner")):  # under the box that computes them
             _box(ax, x, -1.15, 1.25 if len(text) == 1 else 1.9, 0.75, f"⊙ {text}", True, 8)
-    ax.text(9.6, -2.75, WORDS[placement].replace("\n", " "), ha="center", va="center", fontsize=9.5)
+    ax.text(9.6, -2.75, WORDS[placement], ha="center", va="center", fontsize=9.5)
     ax.set(xlim=(-0.9, 20.9), ylim=(-3.1, 2.4))
 
 
 def block_alt(placement: str, model: str, m: int) -> str:
     """What the explorer shows for these values, in words."""
     now = facts(placement, MODELS[model], m)
-    words = WORDS[placement].replace("\n", " ")
-    return (f"One layer of a Llama from left to right: norm, attention, sum with the residual, norm, feed-forward, sum with "
-            f"the residual. In orange, {placement}: {words}. It trains {now['trained']:,} numbers of {model} with m = {m}, "
-            f"{now['share']:.3%}; bars compare all placements.")
+    return (f"One layer of a Llama from left to right: norm, attention, sum with the residual, norm, feed-forward, sum "
+            f"with the residual. In orange, {placement}: {WORDS[placement]}. It trains {now['trained']:,} numbers of "
+            f"{model} with m = {m}, {now['share']:.3%}; bars compare all placements.")
 
 
 def block_explorer():
     """The diagram with controls for placement, model and m; where no front end answers, its first frame."""
     from pefttools.widgets.base import Slider, slider_figure
 
-    return slider_figure(block_figure, alt=block_alt, title="Where does it sit, how many numbers is that, what does it cost?",
+    return slider_figure(block_figure, alt=block_alt, title="Where does it sit, how many numbers is that, what does it "
+                                                            "cost?",
                          placement=list(PLACES), model=list(MODELS), m=Slider(64, 1, 256, label="bottleneck m"))
 
 
@@ -192,7 +193,8 @@ def places_figure(rows: Sequence[Mapping[str, Any]]):
     for i, row in enumerate(sorted(rows, key=lambda row: row["end"])):
         colour = (BLUE, VERMILION, GREEN, PURPLE)[i % 4]
         ax.plot([row["trained"]] * len(row["ends"]), row["ends"], "o", ms=3.5, mfc="white", color=colour)
-        ax.errorbar(row["trained"], row["end"], yerr=row["sd"], fmt=MARKERS[i % len(MARKERS)], ms=8, capsize=4, color=colour,
+        ax.errorbar(row["trained"], row["end"], yerr=row["sd"], fmt=MARKERS[i % len(MARKERS)], ms=8, capsize=4,
+                    color=colour,
                     label=f"{row['name']}: {row['end']:.2f}")
     ax.set(xscale="log", xlabel="numbers that train", ylabel="held-out loss (nats per answer token)")
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -212,7 +214,8 @@ def ablation_figure(rise: Sequence[Sequence[float | None]]):
         for j in range(i, L):
             ax.text(j, i, f"{rise[i][j]:+.2f}", ha="center", va="center", fontsize=9,
                     color="white" if rise[i][j] > 0.7 * most else INK)
-    ax.set(xticks=range(L), yticks=range(L), xlabel="last layer without adapters", ylabel="first layer without adapters",
+    ax.set(xticks=range(L), yticks=range(L), xlabel="last layer without adapters",
+           ylabel="first layer without adapters",
            title="rise of the held-out loss")
     return fig
 
@@ -220,8 +223,8 @@ def ablation_figure(rise: Sequence[Sequence[float | None]]):
 def latency_lines(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]]):
     """Time relative to the base model against the amount of work: one line per variant, uncertainty as bars.
 
-    ratios: amount of work ("1 × 16") → variant → (ratio, low, high), in order of growing work. The A/A variant, the base
-    model against itself, is drawn as a grey band.
+    ratios: amount of work ("1 × 16") → variant → (ratio, low, high), in order of growing work. The A/A variant, the
+    base model against itself, is drawn as a grey band.
     """
     works = list(ratios)
     names = list(ratios[works[0]])
@@ -240,7 +243,8 @@ def latency_lines(ratios: Mapping[str, Mapping[str, tuple[float, float, float]]]
         ax.errorbar(x, y, yerr=error, marker=MARKERS[i % len(MARKERS)], ls=LINES[i % 4], capsize=3, lw=1.6, ms=6,
                     color=(BLUE, VERMILION, GREEN, PURPLE, INK, TRAINED)[i % 6], label=name)
     ax.axhline(1, color=INK, ls=":", lw=1)
-    ax.set(xticks=range(len(works)), xticklabels=works, xlabel="texts × tokens in one forward pass", ylabel="time, base model = 1")
+    ax.set(xticks=range(len(works)), xticklabels=works, xlabel="texts × tokens in one forward pass",
+           ylabel="time, base model = 1")
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.spines[["top", "right"]].set_visible(False)
     return fig

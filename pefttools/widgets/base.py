@@ -149,8 +149,17 @@ class SliderFigure:
         panel = self.controls(bundle) if in_notebook() else None
         if panel is not None:
             # One output with both: front ends that know widgets show the controls, all others the first frame.
-            bundle = {**panel._repr_mimebundle_(), **bundle}
+            bundle = {**widget_bundle(panel), **bundle}
         _display(bundle, self.alt_text())
+
+
+def widget_bundle(widget: Any) -> dict[str, Any]:
+    """A widget as a MIME bundle. ipywidgets 8 makes it; 7 (Colab has 7.7.1) only displays, so there it is made here."""
+    make = getattr(widget, "_repr_mimebundle_", None)
+    if make is not None:
+        return dict(make())
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    return {"application/vnd.jupyter.widget-view+json": view, "text/plain": repr(widget)}
 
 
 def slider_figure(

@@ -1,7 +1,7 @@
-"""Pictures of chapter 08: DoRA's rows, losses over learning rates and ranks with error bars, φ heat maps, a rank budget.
+"""Pictures of chapter 08: DoRA's rows, losses over rates and ranks with error bars, φ heat maps, a rank budget.
 
-Each function that draws is pure: numbers in, a Matplotlib figure out. As in the other chapters, what trains is orange and
-plain, what is frozen is grey and hatched; curves differ in marker and line as well as in colour.
+Each function that draws is pure: numbers in, a Matplotlib figure out. As in the other chapters, what trains is orange
+and plain, what is frozen is grey and hatched; curves differ in marker and line as well as in colour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _figure(width: float, height: float):
 # ------------------------------------------------------------------------------------------------ DoRA
 
 def dora_picture(w: Sequence[float] = (2.4, 0.6), delta: Sequence[float] = (-0.6, 1.6), m: float = 3.1):
-    """Left, one row of a weight as an arrow: W₀, W₀ + ΔW, and where DoRA puts it. Right, which numbers share a length."""
+    """Left, one row of a weight as an arrow: W₀, W₀ + ΔW, where DoRA puts it. Right, which numbers share a length."""
     from matplotlib.patches import Circle, Rectangle
 
     fig = _figure(10.4, 4.0)
@@ -37,7 +37,8 @@ def dora_picture(w: Sequence[float] = (2.4, 0.6), delta: Sequence[float] = (-0.6
         left.add_patch(Circle((0, 0), radius, fill=False, ec=INK, ls=style, lw=1))
     # the last one first, so that the shorter arrow on the same ray stays visible
     for tip, colour, label, place, width in (
-            (end, TRAINED, "DoRA: as long as $m$", (-0.25, 0.12), 0.09), (total, "#0072B2", "LoRA: $W_0 + \\Delta W$", (0.16, -0.3), 0.03),
+            (end, TRAINED, "DoRA: as long as $m$", (-0.25, 0.12), 0.09), (total, "#0072B2", "LoRA: $W_0 + \\Delta W$",
+                                                                          (0.16, -0.3), 0.03),
             (w, "#777777", "$W_0$", (0.12, -0.28), 0.05)):
         left.arrow(0, 0, *tip, width=width, head_width=0.2, length_includes_head=True, color=colour, ec=INK, lw=0.5)
         left.text(tip[0] + place[0], tip[1] + place[1], label, fontsize=10, ha="right" if place[0] < 0 else "left")
@@ -64,13 +65,15 @@ def dora_picture(w: Sequence[float] = (2.4, 0.6), delta: Sequence[float] = (-0.6
     return fig
 
 
-# ------------------------------------------------------------------------------------------------ losses with error bars
+# ----------------------------------------------------------------------------------------------- losses with error bars
 
-def curves_figure(curves: Mapping[str, Mapping[float, Sequence[float]]], xlabel: str = "learning rate (peak)", top: float | None = None,
-                  mark_best: bool = True, base: float | None = None, title: str = ""):
-    """Mean loss over seeds against a learning rate or a rank, one curve per method; bars: standard deviation over seeds.
+def curves_figure(curves: Mapping[str, Mapping[float, Sequence[float]]], xlabel: str = "learning rate (peak)",
+                  top: float | None = None, chosen: Mapping[str, float] | None = None, base: float | None = None,
+                  title: str = ""):
+    """Mean loss over seeds against a learning rate or a rank, one curve per method; bars: standard deviation.
 
     curves: method → {x: losses of the seeds}. Losses above `top` are drawn at the upper edge, as arrows.
+    chosen: method → the x that gets a circle.
     """
     fig = _figure(8.2, 4.0)
     ax = fig.add_subplot()
@@ -79,9 +82,8 @@ def curves_figure(curves: Mapping[str, Mapping[float, Sequence[float]]], xlabel:
         means = [statistics.mean(points[x]) for x in xs]
         sds = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
         ax.errorbar(xs, means, yerr=sds, color=colour, marker=marker, ls=line, capsize=4, ms=6, lw=1.6, label=name)
-        if mark_best:
-            best = min(range(len(xs)), key=means.__getitem__)
-            ax.plot(xs[best], means[best], "o", ms=15, mfc="none", mec=colour, mew=1.4)
+        if chosen and name in chosen:
+            ax.plot(chosen[name], means[xs.index(chosen[name])], "o", ms=15, mfc="none", mec=colour, mew=1.4)
         if top is not None:
             for x, mean in zip(xs, means):
                 if mean > top:
@@ -108,8 +110,10 @@ def dots_figure(rows: Mapping[str, Sequence[float]], xlabel: str = "held-out los
         mean, sd = statistics.mean(ends), statistics.stdev(ends) if len(ends) > 1 else 0
         ax.plot(ends, [y + 0.2] * len(ends), "o", color=COLOURS[1], ms=4, mfc="white")
         ax.errorbar(mean, y - 0.05, xerr=sd, fmt="D", color=COLOURS[1], ms=7, capsize=4)
-        ax.annotate(f"{mean:.2f}", (mean, y - 0.05), xytext=(0, -15), textcoords="offset points", ha="center", fontsize=8)
-    ax.set(yticks=range(len(rows)), yticklabels=list(rows)[::-1], ylim=(-0.7, len(rows) - 0.3), xlabel=xlabel, title=title)
+        ax.annotate(f"{mean:.2f}", (mean, y - 0.05), xytext=(0, -15), textcoords="offset points", ha="center",
+                    fontsize=8)
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows)[::-1], ylim=(-0.7, len(rows) - 0.3), xlabel=xlabel,
+           title=title)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
@@ -124,20 +128,22 @@ def chance(i: int, j: int, n: int) -> float:
 def phi_figure(table: Any, n: int, title: str = ""):
     """φ(i, j) as a heat map, i downwards and j to the right, and beside it three of its rows against chance.
 
-    table: [i, j] with entries in [0, 1], as pefttools.subspace.subspace_table gives it; n: numbers that the layer reads.
+    table: [i, j] with entries in [0, 1], as pefttools.subspace.subspace_table gives it; n: numbers that a layer reads.
     """
     rows, columns = len(table), len(table[0])
     fig = _figure(11.0, 3.7)
     left, right = fig.subplots(1, 2, width_ratios=(1.5, 1))
     largest = max(float(value) for row in table for value in row)
-    image = left.imshow(table, cmap="viridis", vmin=0, vmax=0.6 if largest <= 0.6 else 1, aspect="auto", interpolation="nearest",
+    image = left.imshow(table, cmap="viridis", vmin=0, vmax=0.6 if largest <= 0.6 else 1, aspect="auto",
+                        interpolation="nearest",
                         extent=(0.5, columns + 0.5, rows + 0.5, 0.5))
     left.set(xlabel="j: the first j directions of the second", ylabel="i: the first i of the first", title=title)
     left.set_yticks(range(1, rows + 1) if rows <= 10 else range(8, rows + 1, 8))
     fig.colorbar(image, ax=left, label="φ(i, j)", pad=0.01)
     js = list(range(1, columns + 1))
     for i, colour, line, marker in zip(sorted({1, max(1, rows // 4), rows}), COLOURS[1:], LINES, MARKERS):
-        right.plot(js, [float(table[i - 1][j - 1]) for j in js], color=colour, ls=line, marker=marker, markevery=max(1, columns // 8), ms=5,
+        right.plot(js, [float(table[i - 1][j - 1]) for j in js], color=colour, ls=line, marker=marker,
+                   markevery=max(1, columns // 8), ms=5,
                    label=f"i = {i}")
         right.plot(js, [chance(i, j, n) for j in js], color=colour, ls=(0, (1, 3)), lw=1)
     right.set(xlabel="j", ylabel="φ(i, j)", ylim=(0, max(0.6, largest) + 0.02), title="rows of it; thin dots: chance")
@@ -179,6 +185,7 @@ def budget_figure(ranks: Mapping[str, Sequence[int]], title: str = ""):
     for y, row in enumerate(ranks.values()):
         for x, k in enumerate(row):
             ax.text(x, y, str(k), ha="center", va="center", fontsize=10, color="white" if k > 0.65 * most else INK)
-    ax.set(xticks=range(layers), xticklabels=range(layers), yticks=range(len(names)), yticklabels=names, xlabel="layer (0 is next to the input)",
+    ax.set(xticks=range(layers), xticklabels=range(layers), yticks=range(len(names)), yticklabels=names,
+           xlabel="layer (0 is next to the input)",
            title=title)
     return fig

@@ -1,4 +1,4 @@
-"""Pictures of chapter 07: where virtual tokens enter, the mask, attention maps with the prefix's columns, what starts do.
+"""Pictures of chapter 07: where virtual tokens enter, the mask, attention maps with the prefix's part, what starts do.
 
 Each function that draws is pure: numbers in, a Matplotlib figure out. As in chapters 00 and 02, what trains is orange
 and plain, what is frozen is grey and hatched, so that the pictures read without colour too.
@@ -147,7 +147,7 @@ def attention_map(weights: Any, words: Sequence[str], layer: int = 1, head: int 
 
 
 def attention_explorer(maps: Mapping[str, Any], words: Sequence[str]):
-    """The map with controls for model ("after training", "before"), layer and head; its first frame without a front end."""
+    """The map with controls for model ("after training", "before"), layer, head; a first frame without a front end."""
     from pefttools.widgets.base import Slider, slider_figure
 
     first = next(iter(maps.values()))
@@ -162,9 +162,9 @@ def attention_explorer(maps: Mapping[str, Any], words: Sequence[str]):
         w = maps[prefix][layer - 1, head - 1]
         P = w.shape[1] - w.shape[0]
         share = w[:, :P].sum(1)
-        return (f"Attention of layer {layer}, head {head}, {prefix}: {w.shape[0]} words look at {P} virtual tokens, left "
-                f"of an orange line, and at the words before them. Bars: the prefix gets {share.mean():.0%} of the "
-                f"attention on average, between {share.min():.0%} and {share.max():.0%}.")
+        return (f"Attention of layer {layer}, head {head}, {prefix}: {w.shape[0]} words look at {P} virtual tokens, "
+                f"left of an orange line, and at the words before them. Bars: the prefix gets {share.mean():.0%} of "
+                f"the attention on average, between {share.min():.0%} and {share.max():.0%}.")
 
     return slider_figure(draw, alt=alt, title="How much of its attention does a word give to the prefix?",
                          prefix=list(maps), layer=Slider(most // H + 1, 1, L, label="layer"),
@@ -212,7 +212,8 @@ def starts_figure(groups: Mapping[str, Sequence[Mapping[str, Any]]], base: float
         if base is not None:
             ax.axvline(base, color=INK, ls=":", lw=1)
             ax.text(base, len(rows) - 0.45, "base model ", ha="right", va="top", fontsize=8)
-        ax.set(title=title, xlabel="held-out loss (lower is better)", yticks=range(len(rows)), ylim=(-0.7, len(rows) - 0.4),
+        ax.set(title=title, xlabel="held-out loss (lower is better)", yticks=range(len(rows)),
+               ylim=(-0.7, len(rows) - 0.4),
                yticklabels=[f"{row['name'].split(', ')[-1]}\n(lr {row['lr']:g})" for row in rows][::-1])
         ax.spines[["top", "right"]].set_visible(False)
     return fig

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 INK, GREY = "#222222", "#BBBBBB"
-ORANGE, BLUE, GREEN, PURPLE, VERMILION, SKY, YELLOW = "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"
-PARTS = {  # part of a layer's memory → colour, hatch
-    "weight, 16 bits": (GREY, ""), "float32 copy": ("#DDDDDD", ".."), "4-bit codes": (ORANGE, ""), "scales": (VERMILION, "xx"),
-    "A and B": (BLUE, ""), "gradients": (SKY, "//"), "Adam's moments": (GREEN, "\\\\"),
+ORANGE, BLUE, PURPLE, VERMILION, YELLOW = "#E69F00", "#0072B2", "#CC79A7", "#D55E00", "#F0E442"
+PARTS = {  # part of a layer's memory → colour, hatch; as in all chapters weights are grey and hatched, what is learned orange
+    "weight, 16 bits": ("#D9D9D9", "////"), "float32 copy": ("#F2F2F2", ".."), "4-bit codes": (GREY, "////"),
+    "scales": ("#8A8A8A", "...."), "A and B": (ORANGE, ""), "gradients": (YELLOW, "\\\\"), "Adam's moments": (PURPLE, "xx"),
 }
 WAYS = {"full": (GREY, "s"), "LoRA": (BLUE, "D"), "QLoRA": (ORANGE, "o")}
 
@@ -39,7 +39,7 @@ def roads_picture():
 
     def box(x, y, width, text, face, height=0.62, **style):
         ax.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.04", fc=face, ec=INK, **style))
-        ax.text(x, y, text, ha="center", va="center", fontsize=10)
+        ax.text(x, y, text, ha="center", va="center", fontsize=10, zorder=5, bbox={"fc": face, "ec": "none", "pad": 1.2})
 
     def arrow(start, end, colour=INK, style="-"):
         ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=colour, ls=style, lw=1.6))
@@ -49,11 +49,11 @@ def roads_picture():
         middle, top = base + 0.85, base + 1.75
         box(0.5, middle, 1.0, "x" if forward else "∂L/∂x", "white")
         box(9.7, middle, 1.3, "y" if forward else "g = ∂L/∂y", "white")
-        box(2.6, top, 1.9, "codes, scales\n(4 bits, frozen)", "#F7D08A")
+        box(2.6, top, 1.9, "codes, scales\n(4 bits, frozen)", "#D9D9D9", hatch="////")
         box(5.6, top, 1.9, "W, 16 bits,\nfor a moment", "white", ls=":")
         box(5.6, middle, 1.3, "x·Wᵀ" if forward else "g·W", "white")
-        box(3.4, base, 0.9, "A", "#BFDDF0")
-        box(5.6, base, 0.9, "B", "#BFDDF0")
+        box(3.4, base, 0.9, "A", ORANGE)
+        box(5.6, base, 0.9, "B", ORANGE)
         box(7.6, base, 1.0, "· α/r", "white")
         ax.text(4.08, top + 0.1, "dequantize", fontsize=8, ha="center")
         arrow((3.65, top), (4.55, top), "#777777")
@@ -116,7 +116,7 @@ def bytes_figure(width: int = 2048, r: int = 16, block_size: int = 64, double_qu
     for row, (part, (cells, scale)) in enumerate(per_block.items()):
         for i in range(cells + scale):
             colour, hatch = PARTS[part] if i < cells else PARTS["scales"]
-            below.add_patch(Rectangle((i % 64, 4.2 - 3 * row - i // 64), 0.9, 0.9, fc=colour, hatch="" if i < cells else "xxx", ec=INK, lw=0.5))
+            below.add_patch(Rectangle((i % 64, 4.2 - 3 * row - i // 64), 0.9, 0.9, fc=colour, hatch="" if i < cells else hatch, ec=INK, lw=0.5))
     below.text(0, 5.4, f"{shown} weights in 16 bits: {2 * shown} bytes (a cell is a byte)", fontsize=9)
     share = "" if block_size == shown else f" (shared with the rest of the block of {block_size})"
     below.text(0, 2.4, f"the same in NF4: {shown // 2} bytes of codes and {1 if double_quant else 4} of scale{share}; "

@@ -55,7 +55,9 @@ def product_picture(m: int = 6, n: int = 8, k: int = 2):
     grid(left, 0, k, m, "$B$", f"$m \\times k$ = {m} × {k}", True)
     middle = left + k + 1.6
     grid(middle, (m - k) / 2, n, k, "$A$", f"$k \\times n$ = {k} × {n}", True)
-    ax.text((left + middle + n) / 2, -0.4, f"{k} × ({m} + {n}) = {k * (m + n)} numbers", ha="center", va="top", fontsize=10)
+    ax.text(left + k / 2, -0.4, f"{m * k}", ha="center", va="top", fontsize=10)
+    ax.text(left + k + 0.8, -0.4, "+", ha="center", va="top", fontsize=10)
+    ax.text(middle + n / 2, -0.4, f"{k * n} = {k} × ({m} + {n}) = {k * (m + n)} numbers", ha="center", va="top", fontsize=10)
     ax.set(xlim=(-0.5, middle + n + 0.5), ylim=(-1.4, m + 1.4))
     return fig
 
@@ -74,8 +76,14 @@ def plane_picture(seed: int = 0):
     for number, (rank, W) in enumerate(matrices.items(), 1):
         ax = fig.add_subplot(1, 3, number, projection="3d")
         y = x @ W.T
+        if rank == 2:                                  # the plane itself, since a flat cloud does not look flat from everywhere
+            edge = torch.tensor([[-2.2, 2.2], [-2.2, 2.2]])
+            ax.plot_surface(edge.numpy(), edge.T.numpy(), (edge + edge.T).numpy(), color=KEPT, alpha=0.25, edgecolor=INK, lw=0.8)
+        if rank == 1:
+            end = 4 * matrices[1][:, 0]
+            ax.plot(*torch.stack([-end, end], 1).tolist(), color=KEPT, lw=4, alpha=0.5, zorder=0)
         ax.scatter(*y.T.tolist(), s=6, color=BLUE, depthshade=False, alpha=0.6)
-        ax.view_init(elev=16, azim=-78)
+        ax.view_init(elev=16, azim=-58)
         kind = {3: "the whole space", 2: "a plane", 1: "a line"}[rank]
         ax.set(xlim=(-4, 4), ylim=(-4, 4), zlim=(-4, 4), xticks=[], yticks=[], zticks=[])
         ax.set_title(f"rank {rank}: {kind}", fontsize=11)
@@ -316,7 +324,7 @@ def truncation_figure(kept: Mapping[str, Sequence[tuple[int, float]]], before: f
     top = ax.get_ylim()[1]
     for value, name in ((before, "base model"), (after, "fine-tuned model, uncut")):
         ax.axhline(value, color="0.4", lw=1, ls=":")
-        ax.text(ax.get_xlim()[1], value + 0.015 * top, name, fontsize=8, color="0.3", ha="right", va="bottom")
+        ax.text(0.01, value + 0.01 * top, name, fontsize=8, color="0.3", va="bottom", transform=ax.get_yaxis_transform())
     ks = sorted({k for points in kept.values() for k, _ in points})
     ax.set(xscale="log", xlabel="rank kept in every linear layer", ylabel="held-out loss (nats per token)", ylim=(0, None))
     ax.set_xticks(ks, [str(k) for k in ks], fontsize=8)

@@ -327,7 +327,8 @@ def compare_guess(guess: float | None, measured: float, unit: str = "") -> str:
         guess = float(guess)
     except (TypeError, ValueError):
         return f"Your guess is {guess!r}; write it as a number, such as 2.5."
-    said = f"You guessed {guess:g}{unit}; measured: {measured:.3g}{unit}. "
+    guessed, found = (f"{x:,.0f}" if 1000 <= abs(x) < 1e15 else f"{x:.3g}" for x in (guess, measured))
+    said = f"You guessed {guessed}{unit}; measured: {found}{unit}. "
     if guess <= 0 or measured <= 0:
         return said + ("Spot on." if guess == measured else "Not far off." if abs(guess - measured) < 0.1 else
                        "A surprise, then: read on.")

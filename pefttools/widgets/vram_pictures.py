@@ -50,9 +50,9 @@ def card_picture(sold: Mapping[str, int], usable: Mapping[str, int], context: Ma
 
 def block_picture():
     """A block of 64 weights in NF4, in bits to scale: codes, its scale in 32 bits, in 8 with double quantization."""
-    fig = _figure(9.4, 2.7)
+    fig = _figure(9.4, 2.2)
     ax = fig.add_subplot()
-    ax.set(xlim=(-66, 300), ylim=(-0.75, 2.9))
+    ax.set(xlim=(-66, 300), ylim=(-0.1, 2.8))
     ax.axis("off")
     rows = (("16 bits", 2.1, None), ("NF4", 1.05, 32), ("NF4, double\nquantization", 0.0, 8))
     for name, y, scale in rows:

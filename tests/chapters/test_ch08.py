@@ -108,9 +108,17 @@ def test_worked_examples_by_hand():
     assert [chapter.make_scale()(r, 16, rs) for r in (4, 64) for rs in (False, True)] == [4, 8, 0.25, 2]
 
 
-def test_student_t_of_two_degrees_of_freedom():
-    """"The 95 % point is 4.3": with two degrees of freedom P(|T| < t) = t/√(2 + t²)."""
-    assert 4.3 / math.sqrt(2 + 4.3 ** 2) == pytest.approx(0.95, abs=1e-3)
+def test_students_t_of_two_and_four_degrees_of_freedom():
+    """The 95 % points 4.30 and 2.78, from the two distributions' own formulas."""
+    def within(t: float, df: int) -> float:
+        if df == 2:
+            return t / math.sqrt(2 + t * t)
+        x = t / math.sqrt(4 + t * t)                           # df = 4: P(|T| < t) = (3x − x³)/2 with x = t/√(4 + t²)
+        return (3 * x - x ** 3) / 2
+
+    assert "T95 = {3: 4.30, 5: 2.78}" in SOURCE
+    for seeds, t in ((3, 4.30), (5, 2.78)):
+        assert within(t, seeds - 1) == pytest.approx(0.95, abs=1e-3)
 
 
 def test_random_subspaces_share_what_chance_says():
@@ -154,13 +162,22 @@ def test_the_lines_in_pefts_source_are_where_the_chapter_looks_for_them():
 def test_results_are_there_for_every_cell_and_small():
     found = sweep.results()
     for experiment, row, column, _ in sweep.plan():
-        assert set(found[experiment][row][column]) == {str(seed) for seed in sweep.SEEDS}, (experiment, row, column)
+        runs = found[experiment][row][column]
+        more = experiment == "rate" and column == sweep.best(found["rate"][row])[0]
+        assert set(runs) == {str(seed) for seed in sweep.SEEDS + (sweep.MORE_SEEDS if more else ())}, (experiment, row, column)
+        length = next(options.get("steps", sweep.STEPS) for *key, options in sweep.plan() if key == [experiment, row, column])
+        assert all(run["steps"] == length for run in runs.values()), "trained for other numbers of steps than the text says"
     assert sum(len(columns) for rows in found.values() for columns in rows.values()) == len(sweep.plan())
     assert len(sweep.SEEDS) >= 3 and sweep.RESULTS.stat().st_size < 60_000
 
 
 def test_what_the_prose_says_of_the_results():
     """Sentences of part 4 that no cell prints as such, held to the file."""
+    assert (sweep.STEPS, len(sweep.SEEDS), len(sweep.MORE_SEEDS)) == (100, 3, 2)
+    said = " ".join(SOURCE.replace("\n# ", " ").split())
+    assert "five learning rates, three seeds each, for a hundred steps" in said and "two more seeds at its best" in said
+    assert {len(rates) for rates in sweep.RATES.values()} == {5} and "best of three learning rates for each (three seeds)" in said
+    assert {len(rates) for rates in sweep.BATCH_RATES.values()} == {3}
     found = sweep.results()["rate"]
     mean = {(name, lr): sweep.summary(found[name][lr])["mean"] for name in ("full", "LoRA") for lr in ("0.001", "0.01")}
     assert mean["full", "0.001"] < mean["LoRA", "0.001"] - 0.2, "at 0.001 full fine-tuning beats LoRA by far"
@@ -170,6 +187,8 @@ def test_what_the_prose_says_of_the_results():
     for columns in found.values():                            # every curve falls and rises again
         means = [sweep.summary(runs)["mean"] for runs in columns.values()]
         assert min(means) < means[0] and min(means) < means[-1]
+    for name, columns in found.items():                       # "each has its best inside what was tried"
+        assert min(sweep.RATES[name]) < float(sweep.best(columns)[0]) < max(sweep.RATES[name])
 
 
 def test_the_learning_rate_is_chosen_on_other_rows_than_those_reported():
@@ -213,7 +232,7 @@ def test_the_explorer_shows_what_it_says(capsys):
 
 def test_figures_draw(tmp_path):
     curves = {"a": {0.1: [1.0, 1.1], 0.2: [5.0]}, "b": {0.1: [0.9, 1.0], 0.2: [0.8, 0.9]}}
-    figures = [pictures.dora_picture(), pictures.curves_figure(curves, top=2.0, base=1.5), pictures.dots_figure({"a": [1.0, 1.2], "b": [0.9]}),
+    figures = [pictures.dora_picture(), pictures.curves_figure(curves, top=2.0, base=1.5, chosen={"a": 0.1}), pictures.dots_figure({"a": [1.0, 1.2], "b": [0.9]}),
                pictures.budget_figure({"q": [0, 3], "v": [2, 1]})]
     for number, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{number}.png")

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,15 @@ def executed(notebook, folder, monkeypatch):
     return made, min(wall, busy)
 
 
-def graded(path, notebook, folder):
-    """(row of the table, judged notebook) of one hand-in."""
+def graded(path, notebook, folder, artefacts=()):
+    """(row of the table, judged notebook) of one hand-in; with the files of its artefacts beside it, in a zip."""
     hand_in = folder / "in" / "reader.ipynb"
     hand_in.parent.mkdir(parents=True)
     hand_in.write_text(dumps(notebook), encoding="utf-8")
+    for entry in artefacts:
+        with zipfile.ZipFile(hand_in.with_name("reader.zip"), "w") as packed:
+            for file in Path(entry.resolve(entry.reference)).iterdir():
+                packed.write(file, file.name)
     out = folder / "grading"
     (row,) = grade(hand_in.parent, path.stem, out, root=ROOT, sandbox=available() is None, log=lambda text: None)
     assert row.status == "graded", row.problem
@@ -129,10 +134,12 @@ def test_blank(path, tmp_path, monkeypatch):
 def test_graded(path, solved, tmp_path):
     """In the sandbox, where the chapter's own modules are hidden and the judge draws other inputs than a notebook's."""
     chapter = read_chapter(path)
-    row, notebook = graded(path, chapter.notebook if solved else release(chapter), tmp_path)
+    artefacts = [entry for entry in registry(path.stem).values() if entry.accepts == "artefact"] if solved else []
+    row, notebook = graded(path, chapter.notebook if solved else release(chapter), tmp_path, artefacts)
     points = {name: entry.points for name, entry in registry(path.stem).items()}
     assert scores(notebook) == (points if solved else dict.fromkeys(points, 0))
-    assert (row.score, row.max_score) == (sum(points.values()) if solved else 0, sum(points.values()))
+    by_hand = sum(entry.by_hand for entry in registry(path.stem).values())
+    assert (row.score, row.max_score) == (sum(points.values()) if solved else 0, sum(points.values()) + by_hand)
     assert (row.repairs, row.limits) == ([], [])
 
 

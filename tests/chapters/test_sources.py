@@ -127,7 +127,9 @@ def test_every_exercise_has_its_answer_and_its_check(path):
     for name, entry in entries.items():
         answer, check = cells[name], cells[f"check-{name}"]
         assert marked(answer.source.split("\n")[0], {name}) == name
-        assert answer.metadata.nbgrader.solution and not answer.metadata.nbgrader.grade
+        by_hand = getattr(entry, "by_hand", 0)  # an answer that is graded itself is one that a person reads
+        assert answer.metadata.nbgrader.solution and answer.metadata.nbgrader.grade == bool(by_hand)
+        assert answer.metadata.nbgrader.get("points", 0) == by_hand
         assert (check.metadata.nbgrader.points, check.metadata.nbgrader.grade) == (entry.points, True)
         assert check.metadata.nbgrader.locked and check.metadata.editable is False
         assert 'not written yet")' in answer.source or "= ..." in answer.source

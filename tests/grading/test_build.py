@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import re
 
@@ -55,11 +56,16 @@ def test_setup_cell_does_nothing_outside_colab(tiny, monkeypatch):
     assert calls == []
     import sys
 
+    def nothing_is_here(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
     monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.setattr("importlib.metadata.version", nothing_is_here)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     exec(compile(code, "setup", "exec"), {})
     (command,) = calls
-    assert "--no-deps" in command
+    assert "--no-deps" in command and any(part.startswith("transformers>=") for part in command)
+    assert any(part.startswith("pefttools @ git+https://github.com/") for part in command)
     assert not any(re.match(r"(torch|numpy)\b", part) for part in command)
 
 

@@ -447,6 +447,9 @@ RANK_BUDGET = Exercise(
         "never negative": (budget_with(saved=lambda m, n, k: max(0, m * n - k * (m + n))),
             "You cut the saving off at 0. At full rank the two factors have more numbers than the matrix, and the "
             "saving is honestly negative."),
+        "against the budget": (lambda m, n, b: (min(b // (m + n), m, n), m * n - b),
+            "Your saving is m·n minus the budget. The budget is seldom spent to the last number: count what the factors of "
+            "rank k really have, k·(m + n)."),
         "left of the budget": (lambda m, n, b: (min(b // (m + n), m, n), b - min(b // (m + n), m, n) * (m + n)),
             "Your second number is what is left of the budget. Asked for is the saving against the full matrix: m·n − "
             "k·(m + n)."),
@@ -485,7 +488,8 @@ def rank_inputs(rng: torch.Generator) -> list[dict]:
             case(300, 8, pick(3, 6), torch.float32, 50.0),
             case(8, 500, pick(3, 6), torch.float64),
             {"A": spectral(rng, 10, 7, [100 * v for v in given]), "tol": 50 * (given[cut] + given[cut + 1])},
-            {"A": torch.zeros(4, 6), "tol": None}]
+            {"A": torch.zeros(4, 6), "tol": None},
+            {"A": torch.diag(torch.tensor([4.0, *given[:pick(1, 4)], 2.0**-40])), "tol": 0.0}]     # 0 is a tolerance too
 
 
 def rank_probe(work: Callable, case: dict) -> dict[str, Any]:
@@ -502,6 +506,12 @@ def rank_with(default=lambda S, A: S.max() * max(A.shape) * torch.finfo(A.dtype)
         S = torch.linalg.svdvals(A)
         return int(count(S, default(S, A) if tol is None else given(S, tol)))
     return work
+
+
+def rank_or_default(A, tol=None):
+    S = torch.linalg.svdvals(A)
+    tol = tol or S.max() * max(A.shape) * torch.finfo(A.dtype).eps
+    return int((S > tol).sum())
 
 
 def rank_rows(A, tol=None):
@@ -562,6 +572,8 @@ MATRIX_RANK = Exercise(
             "larger tolerance: S.max() · max(m, n) · ε."),
         "smaller side": (rank_with(default=lambda S, A: S.max() * min(A.shape) * torch.finfo(A.dtype).eps),
             "You take min(m, n) where numpy takes max(m, n)."),
+        "number of rows": (rank_with(default=lambda S, A: S.max() * A.shape[0] * torch.finfo(A.dtype).eps),
+            "You take the number of rows, len(A), where numpy takes the larger of rows and columns: max(A.shape)."),
         "number of entries": (rank_with(default=lambda S, A: S.max() * A.numel() * torch.finfo(A.dtype).eps),
             "Your tolerance grows with m·n. numpy's grows with max(m, n), and small but true directions are lost with "
             "yours."),
@@ -575,6 +587,9 @@ MATRIX_RANK = Exercise(
             "matters; the rank leaves out only what rounding could have made."),
         "tol relative": (rank_with(given=lambda S, tol: tol * S.max()),
             "You multiply the given tol by S.max(). A tol that is given counts as it is; the default alone is relative."),
+        "tol or the default": (rank_or_default,
+            "Where tol is 0 you take the default: `if not tol` and `tol or …` hold for 0 as well as for None. Ask whether "
+            "tol is None."),
         "tol ignored": (rank_with(given=lambda S, tol: S.max() * 1e-4),
             "The argument tol has no effect. Where it is given, count the singular values above it."),
         "rows that are not zero": (rank_rows,
@@ -641,6 +656,11 @@ def low_v_not_transposed(W, k):
 def low_vh_columns(W, k):
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return U[:, :k] * S[:k], Vh[:, :k].T
+
+
+def low_vh_as_v(W, k):
+    U, S, V = torch.linalg.svd(W)
+    return U[:, :k] * S[:k], V[:, :k].T
 
 
 def low_rows_of_u(W, k):
@@ -731,6 +751,9 @@ LOW_RANK_APPROX = Exercise(
             "(torch.linalg.svd gives Vᵀ itself.)"),
         "columns of Vᵀ": (low_vh_columns,
             "You took columns of Vh. It is Vᵀ already: the right-singular vectors are its rows, Vh[:k]."),
+        "Vᵀ taken for V": (low_vh_as_v,
+            "You transpose the first k columns of what torch.linalg.svd gives third. That is Vᵀ already, not V: take its "
+            "first k rows, Vh[:k], as they are."),
         "rows of U": (low_rows_of_u,
             "You took rows of U. The left-singular vectors are its columns: U[:, :k]."),
         "first columns": (low_first_columns,
@@ -920,6 +943,17 @@ def subspace_no_grad(loss, theta0, P, steps, lr):
     return v
 
 
+def subspace_theta_once(loss, theta0, P, steps, lr):
+    v = torch.zeros(P.shape[1], requires_grad=True)
+    theta = theta0 + P @ v
+    for _ in range(steps):
+        loss(theta).backward()
+        with torch.no_grad():
+            v -= lr * v.grad
+        v.grad = None
+    return v.detach()
+
+
 def subspace_not_a_leaf(loss, theta0, P, steps, lr):
     v = torch.zeros(P.shape[1], requires_grad=True)
     for _ in range(steps):
@@ -1015,6 +1049,9 @@ INTRINSIC_DIMENSION = Exercise(
             "You return P v, which has D numbers again. Return v."),
         "no gradient asked for": (subspace_no_grad,
             "v does not ask for a gradient. Make it with requires_grad=True (and change it under torch.no_grad())."),
+        "θ built once": (subspace_theta_once,
+            "θ is built once, before the loop. It does not follow v by itself, and PyTorch lets one go back through it only "
+            "once. Write θ = θ₀ + P v inside the loop."),
         "not a leaf": (subspace_not_a_leaf,
             "After the first step v is the result of a computation, and backward() puts no .grad into such a tensor: it is "
             "None. Change v in place under torch.no_grad(), or write v = (v - lr * g).detach().requires_grad_()."),
@@ -1042,7 +1079,7 @@ def d90_inputs(rng: torch.Generator) -> list[dict]:
     u = torch.rand(8, generator=rng).tolist()
     sizes = [int(10 ** (1 + i + u[i] * 0.8)) for i in range(5)]
     full = 0.4 + 0.3 * u[5]
-    steady = [0.03 + 0.02 * u[6], 0.11, 0.91, 0.95, 0.97]
+    steady = [0.03 + 0.02 * u[6], 0.11, 0.91, 0.95, 1.02]               # the last a little better than `full`
     return [case(list(zip(sizes, [0.2, 0.5, 0.92, 0.96, 0.98])), 2.5, 0.1, seeds=1, noise=0.0),   # a tenth of before: 94 %
             case(list(zip(sizes, steady)), 2.5, full, seeds=1, noise=0.0),
             case(list(zip(sizes, steady)), 3.0, full),
@@ -1126,6 +1163,9 @@ D90 = Exercise(
             "You take any improvement. Asked for is 90 % of the way."),
         "as good as full": (make_d90(lambda loss, before, full: loss <= full),
             "You ask for all of the way. d₉₀ is where 90 % of it is reached."),
+        "nine tenths of full": (make_d90(lambda loss, before, full: loss <= 0.9 * full),
+            "You ask for a loss of 0.9 · full, which is better than full fine-tuning itself. 90 % of the *way* from `before` "
+            "down to `full` is asked for."),
         "best seed": (make_d90(pool=min),
             "You take the best seed of each d. One lucky subspace is no measurement: average the seeds."),
         "worst seed": (make_d90(pool=max),

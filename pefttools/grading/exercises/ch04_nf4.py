@@ -116,6 +116,12 @@ NEAREST_LEVEL = Exercise(
         "rounds up": (lambda v, levels: torch.searchsorted(levels, v).clamp(max=len(levels) - 1),
             "You take the level above each value, also where the one below is nearer. With bucketize or searchsorted: "
             "give it the middles between neighbouring levels, not the levels."),
+        "rounds down, past the end": (lambda v, levels: torch.bucketize(v, levels) - 1,
+            "bucketize(values, levels) − 1 is the level below each value, and −1 below the lowest. The nearest one may be "
+            "above: give bucketize the middles between neighbouring levels."),
+        "rounds up, past the end": (lambda v, levels: torch.searchsorted(levels, v),
+            "searchsorted(levels, values) is the level above each value, and one number too many beyond the highest. The "
+            "nearest one may be below: give it the middles between neighbouring levels."),
         "counts from one": (lambda v, levels: nearest(v, levels) + 1,
             "Every number is one too large: the lowest level has number 0."),
         "farthest": (lambda v, levels: (v[:, None] - levels).abs().argmax(1),
@@ -151,7 +157,11 @@ def int8_inputs(rng: torch.Generator) -> list[dict]:
         def good(w: Tensor) -> bool:
             blocks = w.view(-1, block_size).double()
             scaled = 127 * blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
-            return bool(((scaled - scaled.floor() - 0.5).abs() > 1e-3).all())
+            a = w.view(-1, block_size).abs().amax(1, keepdim=True).clamp(min=1e-30)
+            one, other = w.view(-1, block_size) * (127 / a), w.view(-1, block_size) / a * 127
+            # no tie; and cut off, both ways to scale give the same, so that cutting off is known whichever was taken
+            return bool(((scaled - scaled.floor() - 0.5).abs() > 1e-3).all() and torch.equal(one.trunc(), other.trunc())
+                        and torch.equal(one.floor(), other.floor()))
         return {"w": until(draw, good), "block_size": block_size}
 
     return [case(8, 4, 1.0), case(96, 32, 0.02, outlier=True), case(48, 16, 3.0, zero=True),
@@ -210,6 +220,18 @@ def int8_scaled_only(w, block_size):
     return (b / a.clamp(min=1e-30)[:, None]).round().to(torch.int8).view(-1), a
 
 
+def int8_of_a_tensor(w, block_size):
+    a = w.abs().max()
+    return (w * (127 / a)).round().to(torch.int8), a
+
+
+def int8_one_for_zeros(w, block_size):
+    b = w.view(-1, block_size)
+    a = b.abs().amax(1)
+    a[a == 0] = 1
+    return (b * (127 / a)[:, None]).round().to(torch.int8).view(-1), a
+
+
 def int8_loop(w, block_size):
     q, absmax = [], []
     for block in w.split(block_size):
@@ -241,6 +263,12 @@ ABSMAX_INT8 = Exercise(
         "one absmax for all": (int8_with(blocks=lambda w, b: w.view(1, -1)),
             "There is one absmax for the whole tensor. Each block of block_size weights has its own: w.view(-1, "
             "block_size)."),
+        "one absmax for all, a number": (int8_of_a_tensor,
+            "There is one absmax for the whole tensor, a single number. Each block of block_size weights has its own: "
+            "w.view(-1, block_size), and the maximum along dimension 1."),
+        "absmax of zeros changed": (int8_one_for_zeros,
+            "In a block of zeros you return 1 as its absmax. To divide by something else than 0 is right; what is "
+            "returned is the largest magnitude, and that is 0."),
         "largest, not largest magnitude": (int8_with(absmax=lambda b: b.amax(1)),
             "You take the largest value of each block. If the largest magnitude belongs to a negative weight, that one no "
             "longer fits: take .abs() first."),
@@ -310,6 +338,16 @@ def codebook_unsorted(offset):
     return scaled(torch.cat([up, torch.zeros(1, dtype=torch.float64), down]))
 
 
+def codebook_upper_falls(offset):
+    levels = scaled(levels_with(offset))
+    return torch.cat([levels[:8], levels[8:].flip(0)])
+
+
+def codebook_one_less(offset):
+    up, down = (quantiles(torch.linspace(offset, 0.5, k, dtype=torch.float64)) for k in (8, 7))
+    return scaled(torch.cat([-down, torch.zeros(1, dtype=torch.float64), up]).sort().values)
+
+
 def codebook_no_zero(offset):
     return scaled(quantiles(torch.linspace(1 - offset, offset, 16, dtype=torch.float64)))
 
@@ -359,6 +397,12 @@ NF4_CODEBOOK = Exercise(
             "block does after division by its absmax."),
         "order": (codebook_unsorted,
             "The sixteen numbers are right, but not in ascending order. A code is a level's place in this order."),
+        "upper half falls": (codebook_upper_falls,
+            "The levels above zero are in falling order: linspace began at the offset. Sort at the end, or flip that "
+            "half."),
+        "eight and seven probabilities": (codebook_one_less,
+            "Eight and seven are the levels that remain. Each side has one probability more, 9 and 8, whose last one is 0.5: "
+            "its quantile is the 0 that is taken once. Yours has 0 in it three times."),
         "evenly spaced": (codebook_evenly,
             "These are evenly spaced levels. Evenly spaced are the probabilities, from the offset to 0.5; the levels are their "
             "quantiles."),
@@ -476,6 +520,17 @@ NF4_QUANTIZE = Exercise(
             "You round to sixteen evenly spaced steps. That is INT4's idea; here the levels are those in `code`."),
         "levels instead of codes": (quantize_with(codes=lambda s, c: c[nearest(s, c)]),
             "You return the levels, as floating-point numbers. Asked for are their numbers 0 … 15, the codes."),
+        "in the shape of w": (lambda w, code, b: (quantize_with()(w, code, b)[0].view(w.shape), quantize_with()(w, code, b)[1]),
+            "The codes are right, and have the shape of w. Asked for is one long row, [d_out · d_in]: two neighbours share a "
+            "byte in the next step."),
+        "absmax not 0": (lambda w, code, b: (quantize_with()(w, code, b)[0], quantize_with()(w, code, b)[1].clamp(min=1e-38)),
+            "You return the absmax that you divided by. In a block of zeros that is 1e-38; the absmax is 0. Clamp in the "
+            "division only."),
+        "exchanged": (lambda w, code, b: quantize_with()(w, code, b)[::-1],
+            "You return the absmaxes first. The order is (codes, absmax)."),
+        "eight bits first": (lambda w, code, b: (nearest(int8_with()(w.reshape(-1), b)[0] / 127, code), quantize_with()(w, code, b)[1]),
+            "You round to 8 bits first and look for the level nearest to the rounded number. A weight close to the middle of "
+            "two levels may then fall to the wrong one: divide by absmax, and nothing else, before nearest_level."),
         "columns first": (quantize_with(blocks=lambda w, b: w.T.reshape(-1, b)),
             "Your blocks run down the columns. They run along the rows: w.reshape(-1, block_size), without a transpose."),
         "zero divided by zero": (quantize_with(safe=False),
@@ -548,6 +603,12 @@ PACK_NIBBLES = Exercise(
         "wide numbers": (pack_with(lambda a, b: (a.long() << 4) | b),
             "The numbers are right, but they are int64: eight bytes each, sixteen times too many. End with "
             ".to(torch.uint8)."),
+        "not filled up": (lambda c: c[::2] << 4 | c[1::2],
+            "If the number of codes is odd, there is one first code more than second ones. Append a 0 before you take them "
+            "apart."),
+        "filled up with a float": (lambda c: (d := torch.cat([c, torch.zeros(1)]) if len(c) % 2 else c)[::2] * 16 + d[1::2],
+            "torch.zeros(1) is a float32, and makes floats of all codes where their number is odd. codes.new_zeros(1) has the "
+            "dtype of the codes."),
         "odd one dropped": (pack_with(pad=lambda c: c[:len(c) // 2 * 2]),
             "If the number of codes is odd, the last one is lost. Fill up with a 0 at the end."),
         "filled up in front": (pack_with(pad=lambda c: F.pad(c, (len(c) % 2, 0))),
@@ -628,6 +689,11 @@ NF4_DEQUANTIZE = Exercise(
         "all upper, then all lower halves": (dequantize_with(lambda p: torch.cat([p >> 4, p & 15])),
             "You put all first codes before all second ones. The two codes of a byte are neighbours: torch.stack along a "
             "new last dimension, then flatten."),
+        "uint8 as an index": (dequantize_with(levels=lambda c, code: code[c]),
+            "A uint8 tensor in square brackets is taken for a mask, not for numbers of places. Make whole numbers of it that "
+            "are meant as an index: codes.long()."),
+        "one bit": (dequantize_with(lambda p: torch.stack([p >> 4, p & 4], 1).view(-1)),
+            "byte & 4 keeps a single bit, the one that is worth four. The lower four bits are byte & 15 (1 + 2 + 4 + 8)."),
         "absmax forgotten": (dequantize_with(join=lambda x, a: x),
             "These are the levels, between -1 and 1. Multiply each by the absmax of its block."),
         "divided": (dequantize_with(join=lambda x, a: x / a),
@@ -734,6 +800,19 @@ def double_last_padded(absmax, code, block_size):
     return codes, absmax2, mean
 
 
+def double_filled_first(absmax, code, block_size):
+    rest = (F.pad(absmax, (0, -len(absmax) % block_size)) - absmax.mean()).view(-1, block_size)
+    absmax2 = rest.abs().amax(1)
+    return nearest(rest / absmax2[:, None], code).view(-1)[:len(absmax)], absmax2, absmax.mean()
+
+
+def double_all_filled(absmax, code, block_size):
+    filled = F.pad(absmax, (0, -len(absmax) % block_size))
+    rest = (filled - filled.mean()).view(-1, block_size)
+    absmax2 = rest.abs().amax(1)
+    return nearest(rest / absmax2[:, None], code).view(-1)[:len(absmax)], absmax2, filled.mean()
+
+
 def double_loop(absmax, code, block_size):
     offset = sum(absmax.tolist()) / len(absmax)
     codes, absmax2 = [], []
@@ -766,6 +845,15 @@ DOUBLE_QUANTIZE = Exercise(
             "You take off a mean of each block, and have to store one for each. There is one mean for the whole tensor."),
         "mean over the filling": (double_last_padded,
             "The zeros that fill up the last block are counted in the mean. Take the mean first, then fill up."),
+        "mean taken off the filling": (double_filled_first,
+            "You fill up the last block and then take off the mean, so that the filling becomes −mean, which is larger than "
+            "anything else there. Take off the mean first, then fill up with zeros."),
+        "filled before the mean": (double_all_filled,
+            "You fill up first, and everything after that counts the filling: the mean, and the last block's absmax2. Take the "
+            "mean, take it off, then fill up."),
+        "last block not filled": (lambda absmax, code, b: double_with()(absmax.view(-1, b).view(-1), code, b),
+            "The number of absmaxes need not be a multiple of block_size, and .view wants that. Fill up with zeros after the "
+            "mean is off, or loop over .split(block_size)."),
         "one absmax2": (double_with(blocks=False),
             "There is one absmax2 for all. Every block_size absmaxes share one (block_size is an argument; bitsandbytes has "
             "256)."),
@@ -838,6 +926,17 @@ STORAGE_BYTES = Exercise(
             "You count two bytes for an absmax. It is float32: four."),
         "blocks rounded down": (storage_with(up=lambda a, b: a // b),
             "The number of blocks is rounded down. A last block that is not full needs an absmax as well: round up."),
+        "all rounded down": (storage_with(up=lambda a, b: a // b, codes=lambda n: n // 2),
+            "Everything is rounded down, the codes too. What is not full takes its space all the same: round up each time."),
+        "rounded to the nearest": (storage_with(up=lambda a, b: round(a / b), codes=lambda n: round(n / 2)),
+            "You round to the nearest whole number. What is not full takes its space all the same: round up each time."),
+        "by bits a weight": (lambda n, b, d: n * (4 + (8 / b + 32 / b / 256 if d else 32 / b)) / 8,
+            "This is the average of bits a weight, times n. It leaves out the mean and what is not full, so it is no whole "
+            "number: count codes, blocks and groups, each rounded up."),
+        "256 weights": (lambda n, b, d: (n + 1) // 2 + (-(-n // b) + 4 * -(-n // 256) + 4 if d else 4 * -(-n // b)),
+            "You count an absmax2 for every 256 weights. It is one for every 256 *blocks*."),
+        "blocks of 64": (lambda n, b, d: storage_with()(n, 64, d),
+            "You count blocks of 64 whatever was asked for. block_size is an argument."),
         "absmax2 forgotten": (storage_with(nested=lambda blocks, up: blocks + 4),
             "With double quantization the absmax2, one float32 for every 256 absmaxes, is missing."),
         "mean forgotten": (storage_with(nested=lambda blocks, up: blocks + 4 * up(blocks, 256)),

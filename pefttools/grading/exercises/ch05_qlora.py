@@ -212,6 +212,12 @@ def stays_with(linear: Callable = nf4_bytes, head: Callable = lambda n: 2 * n, e
     return work
 
 
+def stays_one_matrix(parts, tied):
+    inside = sum(n for name, kind, n in parts if kind == "linear" and name != "lm_head")
+    rest = sum(n for name, kind, n in parts if kind != "linear" or (name == "lm_head" and not tied))
+    return nf4_bytes(inside) + 2 * rest
+
+
 def stays_of_tensors(parts, tied):
     kept = [n for name, kind, n in parts if (kind != "linear" or name == "lm_head") and not (tied and name == "lm_head")]
     inside = [n for name, kind, n in parts if kind == "linear" and name != "lm_head"]
@@ -238,6 +244,12 @@ WHAT_STAYS = Exercise(
         "the head too": (stays_with(head=nf4_bytes),
             "The output head is counted in 4 bits. It is a linear layer, and QLoRA leaves it alone: its errors would go "
             "straight into the logits."),
+        "no case for the head": (stays_with(head=nf4_bytes, once=False),
+            "The head is treated as any other linear layer, in 4 bits and always counted. Ask for the name \"lm_head\" first: "
+            "16 bits, or nothing where it is tied to the embedding."),
+        "one matrix": (stays_one_matrix,
+            "You add up the linear layers' numbers and count them as one matrix. Each layer is quantized by itself: its counts "
+            "are rounded up, and its mean takes four bytes, layer by layer."),
         "the embedding too": (stays_with(embedding=nf4_bytes),
             "The embedding is counted in 4 bits. It is a table to look up in, no linear layer, and stays in 16 bits."),
         "the norms too": (stays_with(norm=nf4_bytes),
@@ -279,7 +291,7 @@ def backward_inputs(rng: torch.Generator) -> list[dict]:
 def backward_probe(work: Callable, case: dict) -> dict[str, Any]:
     g, x, A, B = (case[k].clone() for k in ("g", "x", "A", "B"))
     given = work(g, x, four_bit(case), A, B, case["alpha"])
-    names = ("of x", "of A", "of B")
+    names = ("dx", "dA", "dB")
     if given is None or given is ... or (isinstance(given, tuple) and given and all(part is ... for part in given)):
         return dict.fromkeys(names, given if given is None else ...)
     if not isinstance(given, (tuple, list)) or len(given) != 3:
@@ -309,7 +321,12 @@ def backward_not_flat(g, x, q, A, B, alpha):
 def backward_means(g, x, q, A, B, alpha):
     dx, dA, dB = backward_with()(g, x, q, A, B, alpha)
     n = g.shape[:-1].numel()
-    return dx, dA / (n + 1), dB / (n + 1)
+    return dx, dA / n, dB / n
+
+
+def backward_old_transpose(g, x, q, A, B, alpha):
+    s = alpha / len(A)
+    return g @ q.dequantize() + s * (g @ B) @ A, s * (g @ B).T @ x, s * g.T @ (x @ A.T)
 
 
 def backward_einsum(g, x, q, A, B, alpha):
@@ -372,6 +389,9 @@ QLORA_BACKWARD = Exercise(
         "batch not summed": (backward_not_flat,
             "dA and dB have a dimension too many where x is a batch of sequences. All rows share one A and one B, so their "
             "gradients are summed: flatten g and x to [rows, width] first."),
+        ".T of a batch": (backward_old_transpose,
+            ".T turns *all* dimensions round, so with more than one leading dimension the shapes no longer meet. Flatten g and "
+            "x to [rows, width] for dA and dB; then .T is the transpose you mean."),
         "mean over rows": (backward_means,
             "dA and dB are averaged over the rows. They are sums: whether the loss is a mean is in g already."),
     },
@@ -433,6 +453,10 @@ COMPUTE_DTYPE = Exercise(
         "compute_dtype throughout": (dtype_with(update=lambda x, A, B, t: (x.to(t) @ A.to(t).T) @ B.to(t).T),
             "The update is computed in compute_dtype too. A and B are float32, and their road stays in float32: in 16 bits "
             "small steps of the optimizer would be rounded away."),
+        "all in compute_dtype": (lambda x, q, A, B, alpha, t: (F.linear(x.to(t), q.dequantize(dtype=t)) + alpha / len(A) * (
+                x.to(t) @ A.to(t).T) @ B.to(t).T).to(x.dtype),
+            "Both roads and their sum are computed in compute_dtype, and cast back at the end. Only the frozen road is: A and "
+            "B work in float32 on x as it came in, and the sum is in the dtype of x."),
         "adapter on the rounded x": (dtype_with(update=lambda x, A, B, t: (x.to(t).float() @ A.T) @ B.T),
             "The adapter gets the x that was rounded for the frozen road. It gets x as it came in."),
         "left in 16 bits": (dtype_with(out=lambda y, s, x, t: y + s.to(t)),
@@ -478,8 +502,10 @@ def layer_probe(work: Callable, case: dict) -> dict[str, Any]:
         shapes = ", ".join(str(list(p.shape)) for p in trainable) or "none at all"
         raise ValueError(f"what trains in the layer should be A (r × d_in, here {list(case['A'].shape)}) and B (d_out × r, here "
                          f"{list(case['B'].shape)}); it is {shapes}")
-    leaves: dict[str, Any] = {"output at the start": plain(layer(case["x"])),
-                              "trainable parameters": sum(p.numel() for p in trainable)}
+    y = layer(case["x"])
+    leaves: dict[str, Any] = {"output at the start": plain(y), "trainable parameters": sum(p.numel() for p in trainable),
+                              "A at the start": A.detach().clone(),
+                              "B at the start": B.detach().clone()}
     with torch.no_grad():
         for parameter, value in ((A, case["A"]), (B, case["B"])):
             parameter.copy_(value if parameter.shape == value.shape else value.T)
@@ -502,6 +528,14 @@ def layer_probe(work: Callable, case: dict) -> dict[str, Any]:
         if isinstance(found[name], Tensor) and tensor.shape != value.shape:
             found[name] = found[name].T
     return {**leaves, **found}
+
+
+def layer_reading(data: dict[str, Any], case: dict) -> dict[str, Any]:
+    """The start of A is random, so what must hold of it is said of what the work drew."""
+    leaves = dict(data)
+    A, B = leaves.pop("A at the start"), leaves.pop("B at the start")
+    return {"output at the start": leaves.pop("output at the start"), "largest entry of B at the start": B.abs().max().item(),
+            "A is zero everywhere at the start": not A.any().item(), **leaves}
 
 
 def layer_find(tensors: list[Tensor], like: Tensor) -> Tensor | None:
@@ -565,6 +599,17 @@ class FrozenCodes(torch.autograd.Function):
         return g @ ctx.q.codes.float(), None
 
 
+class FrozenOneGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, q):
+        ctx.q = q
+        return F.linear(x, q.dequantize())
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ ctx.q.dequantize()
+
+
 class Layer(nn.Module):
     """The layer with a switch for each thing that can go wrong; with all of them off it is right."""
 
@@ -575,15 +620,15 @@ class Layer(nn.Module):
     def scale(alpha, r):
         return alpha / r
 
+    a_zero = False
     b_random = False
     bias = False
-    extra = False
 
     def __init__(self, q, r, alpha):
         super().__init__()
         d_out, d_in = q.shape
         self.q, self.s = q, self.scale(alpha, r)
-        self.A = nn.Parameter(torch.randn(r, d_in) / math.sqrt(3 * d_in))
+        self.A = nn.Parameter(torch.zeros(r, d_in) if self.a_zero else torch.randn(r, d_in) / math.sqrt(3 * d_in))
         self.B = nn.Parameter(torch.randn(d_out, r) if self.b_random else torch.zeros(d_out, r))
         if self.bias:
             self.b = nn.Parameter(torch.zeros(d_out))
@@ -656,7 +701,7 @@ class LayerWhole(Layer):
 
 QLORA_LAYER = Exercise(
     name="qlora-layer", chapter=CHAPTER, title="A layer that keeps nothing of full size", points=5, minutes=20, difficulty=3,
-    inputs=layer_inputs, probe=layer_probe, reference=Layer,
+    inputs=layer_inputs, probe=layer_probe, reading=layer_reading, reference=Layer,
     mistakes={
         "autograd keeps W": (layer_like(frozen=lambda self, x: F.linear(x, self.q.dequantize())),
             "Output and gradients are right, and the memory is not saved: autograd keeps the dequantized weight of every layer "
@@ -684,6 +729,17 @@ QLORA_LAYER = Exercise(
             "The update is multiplied by α alone; the scale is α/r."),
         "B random": (layer_like(b_random=True),
             "At the start the output is not that of the quantized layer: B has to be zero."),
+        "A zero, B random": (layer_like(a_zero=True, b_random=True),
+            "A starts at zero and B at random. The output at the start is right that way too; the paper, PEFT and this course "
+            "have it the other way round, and whoever loads your layer relies on it: A random, B zero."),
+        "both zero": (layer_like(a_zero=True),
+            "A and B are both zero. Each factor's gradient is multiplied by the other factor, so neither would ever move. Draw "
+            "A at random."),
+        "one gradient returned": (layer_like(frozen=lambda self, x: FrozenOneGradient.apply(x, self.q)),
+            "backward returns one thing, and forward has two arguments, x and q. It returns one gradient for each: None for "
+            "what has none."),
+        "called instead of applied": (layer_like(frozen=lambda self, x: Frozen(x, self.q)),
+            "A Function is not called like a layer. Use its apply: FrozenProduct.apply(x, self.q)."),
         "a bias trains": (layer_like(bias=True),
             "There are d_out trainable numbers too many: a bias. LoRA trains A and B and nothing else."),
         "adapter only": (layer_like(frozen=lambda self, x: 0 * Frozen.apply(x, self.q)),

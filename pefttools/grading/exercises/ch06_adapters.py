@@ -247,8 +247,10 @@ COUNT_ADAPTERS = Exercise(
 
 def block_inputs(rng: torch.Generator) -> list[dict]:
     def case(B: int, T: int, d: int, m: int, f: int) -> dict:
-        return {"h": randn(rng, B, T, d), "W_attention": randn(rng, d, d) / d ** 0.5, "W_in": randn(rng, f, d) / d ** 0.5,
-                "W_out": randn(rng, d, f) / f ** 0.5, "gain_1": 1 + 0.5 * randn(rng, d), "gain_2": 1 + 0.5 * randn(rng, d),
+        return {"h": randn(rng, B, T, d), "W_attention": randn(rng, d, d) / d ** 0.5, "W_in": randn(rng, f, d)
+                / d ** 0.5,
+                "W_out": randn(rng, d, f) / f ** 0.5, "gain_1": 1 + 0.5 * randn(rng, d), "gain_2": 1 + 0.5
+                * randn(rng, d),
                 "adapter_1": drawn_adapter(rng, d, m), "adapter_2": drawn_adapter(rng, d, m)}
 
     return [case(2, 3, 6, 2, 8), case(1, 5, 4, 3, 7), case(3, 1, 5, 1, 6)]
@@ -423,7 +425,8 @@ def parallel_probe(work: Callable, case: dict) -> dict[str, Any]:
     return {"output": plain(output), **gradients(output, h=h, **own)}
 
 
-def make_parallel(own_h=0.0, own_x=0.0, own_y=0.0, source="x", s=lambda s: s, s_bias=True, s_all=False, residual="h", f=torch.relu,
+def make_parallel(own_h=0.0, own_x=0.0, own_y=0.0, source="x", s=lambda s: s, s_bias=True, s_all=False, residual="h",
+                  f=torch.relu,
                   frozen_path=True, normed=True):
     """parallel_block with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def parallel_block(h, norm, feed_forward, W_down, b_down, W_up, b_up, scale):
@@ -433,7 +436,8 @@ def make_parallel(own_h=0.0, own_x=0.0, own_y=0.0, source="x", s=lambda s: s, s_
         k = s(scale)
         u = k * F.linear(f(F.linear(read, W_down, b_down)), W_up) + (k if s_bias else 1) * b_up
         y = y if frozen_path else 0
-        return {"h": h, "x": x, "none": 0}[residual] + (scale * y if s_all else y) + u + own_h * h + own_x * x + own_y * y
+        return {"h": h, "x": x, "none": 0}[residual] + (scale * y if s_all
+                                                        else y) + u + own_h * h + own_x * x + own_y * y
     return parallel_block
 
 
@@ -526,7 +530,8 @@ def ia3_probe(work: Callable, case: dict) -> dict[str, Any]:
     layer.merge()
     leaves["weight of the base layer, merged"] = base.weight.detach().clone()
     leaves["bias of the base layer, merged"] = None if base.bias is None else base.bias.detach().clone()
-    leaves["numbers of the base layer that train, merged"] = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    leaves["numbers of the base layer that train, merged"] = sum(p.numel() for p in base.parameters()
+                                                                 if p.requires_grad)
     leaves["output, merged"] = plain(layer(x))
     layer.merge()
     leaves["output, merged twice"] = plain(layer(x))
@@ -534,7 +539,8 @@ def ia3_probe(work: Callable, case: dict) -> dict[str, Any]:
 
 
 def make_ia3(start=1.0, plus=0.0, end=None, scale_bias=True, merge_bias=True, axis_right=True, remembers=True,
-             twice=False, frozen=True, merges=True, learns=True, one_number=False, random=False, divides=False, graph=False,
+             twice=False, frozen=True, merges=True, learns=True, one_number=False, random=False, divides=False,
+             graph=False,
              length_right=True, rows_as_columns=False, assigned=False):
     """IA3Layer with a switch for each thing that can go wrong; as the defaults stand it is right."""
     class IA3Layer(nn.Module):
@@ -629,8 +635,8 @@ IA3 = Exercise(
     inputs=ia3_inputs, probe=ia3_probe, reference=make_ia3(),
     mistakes={
         "zero at the start": (make_ia3(start=0.0),
-            "l starts at zero, so the layer's output starts at nothing. l is a factor: the start that changes nothing is "
-            "one."),
+            "l starts at zero, so the layer's output starts at nothing. l is a factor: the start that changes nothing "
+            "is one."),
         "random start": (make_ia3(random=True),
             "l starts at random numbers, so the model starts out damaged. The start that changes nothing is one."),
         "one plus l": (make_ia3(start=0.0, plus=1.0),
@@ -662,16 +668,16 @@ IA3 = Exercise(
             "The merge is part of the graph: the base layer's weight now hangs on l and would get gradients. Change it "
             "under torch.no_grad()."),
         "no no_grad, assigned": (make_ia3(graph=True, assigned=True),
-            "weight *= l outside of torch.no_grad() makes a result that hangs on l, and a result cannot be a parameter. "
-            "Put `with torch.no_grad():` around the merge."),
+            "weight *= l outside of torch.no_grad() makes a result that hangs on l, and a result cannot be a "
+            "parameter. Put `with torch.no_grad():` around the merge."),
         "length of the other end": (make_ia3(length_right=False),
             "l has the length of the wrong end: it has in_features numbers at the input, out_features at the output."),
         "rows as columns": (make_ia3(rows_as_columns=True),
             "weight * l multiplies the columns, which is right at the input. At the output row i is multiplied by l_i: "
             "weight * l[:, None]."),
         "scaled again, and merged twice": (make_ia3(remembers=False, twice=True),
-            "Nothing remembers that the merge has been done: the forward rescales once more, and a second merge() would, "
-            "too. Keep a flag, such as self.merged, and look at it in both."),
+            "Nothing remembers that the merge has been done: the forward rescales once more, and a second merge() "
+            "would, too. Keep a flag, such as self.merged, and look at it in both."),
         "base trains": (make_ia3(frozen=False),
             "The base layer trains as well. Freeze it: base.requires_grad_(False)."),
         "l does not train": (make_ia3(learns=False),
@@ -788,7 +794,8 @@ def switch_one_after_another(h, tasks, adapters):
 
 
 def switch_none_zero(h, tasks, adapters):
-    return torch.stack([0 * row if task is None else row + update_of(row, **adapters[task]) for row, task in zip(h, tasks)])
+    return torch.stack([0 * row if task is None else row + update_of(row, **adapters[task])
+                        for row, task in zip(h, tasks)])
 
 
 def switch_looks_up_none(h, tasks, adapters):
@@ -823,8 +830,8 @@ SWITCH_TASKS = Exercise(
         "first task for all": (switch_all_with(lambda tasks, adapters: next(t for t in tasks if t)),
             "The whole batch goes through the adapter of its first task. Every row has its own."),
         "last task for all": (switch_all_with(lambda tasks, adapters: [t for t in tasks if t][-1]),
-            "The whole batch goes through the adapter of its last task, as when a loop overwrites its result. Every row "
-            "has its own."),
+            "The whole batch goes through the adapter of its last task, as when a loop overwrites its result. Every "
+            "row has its own."),
         "the most frequent task": (switch_majority,
             "The rows go through the adapter of the most frequent task. Every row has its own."),
         "all added": (switch_all_together(lambda n: 1.0),
@@ -842,24 +849,25 @@ SWITCH_TASKS = Exercise(
         "first row of each task": (switch_first_of_each,
             "Only the first row of each task gets its adapter (list.index finds the first place only)."),
         "in place": (switch_in_place,
-            "h[i] = … writes into the tensor that you were given, which is still needed for its gradients. Write into a "
-            "copy: out = h.clone(), or collect the rows and torch.stack them."),
+            "h[i] = … writes into the tensor that you were given, which is still needed for its gradients. Write into "
+            "a copy: out = h.clone(), or collect the rows and torch.stack them."),
         "None through an adapter": (switch_none_with_first,
             "A row with the task None is a request to the base model; you send it through an adapter."),
         "None is zero": (switch_none_zero,
             "A row with the task None becomes zero. For the base model the *update* is zero, and h stays h."),
         "None looked up": (switch_looks_up_none,
-            "adapters[None] is looked up, and there is none. A row whose task is None is a request to the base model: it "
-            "comes back as it is."),
+            "adapters[None] is looked up, and there is none. A row whose task is None is a request to the base model: "
+            "it comes back as it is."),
         "one group after the other": (switch_group_after_group,
-            "You put one task's rows behind the other's: the order of h is lost, and with it the rows whose task is None. "
-            "Write each group back to its rows: out = h.clone(), then out[mine] = …."),
+            "You put one task's rows behind the other's: the order of h is lost, and with it the rows whose task is "
+            "None. Write each group back to its rows: out = h.clone(), then out[mine] = …."),
         "None left out": (switch_none_left_out,
             "The rows with the task None are missing from the result. They come back as they were."),
         "update alone": (switch_update_alone,
             "The adapter's way around is missing: a row is h plus the update."),
     },
-    alternatives={"group by group": switch_by_group, "masks": switch_by_masks, "stacked weights": switch_stacked_weights},
+    alternatives={"group by group": switch_by_group, "masks": switch_by_masks,
+                  "stacked weights": switch_stacked_weights},
     rtol=1e-4, atol=1e-5, accepts="function", hides=HIDES)
 
 
@@ -875,7 +883,8 @@ def hyper_inputs(rng: torch.Generator) -> list[dict]:
 
 
 def hyper_probe(work: Callable, case: dict) -> dict[str, Any]:
-    given = {name: value.clone().requires_grad_() if isinstance(value, Tensor) else value for name, value in case.items()}
+    given = {name: value.clone().requires_grad_() if isinstance(value, Tensor) else value
+             for name, value in case.items()}
     found = work(**given)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         got = f"{len(found)} things" if isinstance(found, (tuple, list)) else f"a {type(found).__name__}"
@@ -967,23 +976,24 @@ HYPER_ADAPTER = Exercise(
             "W_1 reads 3e numbers, and the sum of the three embeddings has e. They are put one after the other: "
             "torch.cat([z, l, p])."),
         "long vectors": (hyper_flat,
-            "These are the numbers of both matrices, each in one long vector. Say how many rows they have: .view(m, -1) for "
-            "W_down, .view(-1, m) for W_up."),
+            "These are the numbers of both matrices, each in one long vector. Say how many rows they have: .view(m, "
+            "-1) for W_down, .view(-1, m) for W_up."),
         "added": (hyper_added,
             "You add the three embeddings. They are put one after the other, [z; l; p], 3e numbers: added, (task 1, "
             "layer 2) and (task 2, layer 1) could not be told apart."),
         "no b_1": (make_hyper(b_1=False), "b_1 is not used: it belongs to the first layer."),
         "no b_2": (make_hyper(b_2=False), "b_2 is not used: it belongs to the second layer."),
         "G swapped": (make_hyper(swapped=True), "G_down and G_up have changed places."),
-        "returned the other way": (make_hyper(returned_swapped=True), "You return (W_up, W_down); the order is (W_down, W_up)."),
+        "returned the other way": (make_hyper(returned_swapped=True),
+                                   "You return (W_up, W_down); the order is (W_down, W_up)."),
         "W_up of the wrong shape": (hyper_shapes_of_the_down,
             "Your W_up has the shape of W_down, [m, d]. It leads back from m to d: [d, m]."),
         "W_up turned": (make_hyper(up_turned=True),
-            "Your W_up is laid out as [m, d] and then transposed, so every number is in another place. G_up gives it row "
-            "by row, as [d, m]."),
+            "Your W_up is laid out as [m, d] and then transposed, so every number is in another place. G_up gives it "
+            "row by row, as [d, m]."),
         "W_down turned": (make_hyper(down_turned=True),
-            "Your W_down is laid out as [d, m] and then transposed, so every number is in another place. G_down gives it "
-            "row by row, as [m, d]."),
+            "Your W_down is laid out as [d, m] and then transposed, so every number is in another place. G_down gives "
+            "it row by row, as [m, d]."),
         "cannot learn": (make_hyper(detached=True),
             "The numbers are right, and no gradient gets back to the embeddings: .detach(), .data or no_grad has cut "
             "them off."),
@@ -1001,18 +1011,20 @@ EXERCISES: list[Exercise] = [BOTTLENECK, COUNT_ADAPTERS, HOULSBY_BLOCK, PARALLEL
 QUESTIONS: list[Question] = [
     Question(
         name="adapters-q-start", chapter=CHAPTER, points=1, right="b",
-        text="An adapter starts with $W_{up} = 0$ and both biases zero. Somebody leaves out its inner way around, so that it "
-             "computes $W_{up} f(W_{down} h)$ instead of $h + W_{up} f(W_{down} h)$, and puts it after every sublayer, "
-             "before the residual sum. What is the model before the first training step?",
+        text="An adapter starts with $W_{up} = 0$ and both biases zero. Somebody leaves out its inner way around, so "
+             "that it computes $W_{up} f(W_{down} h)$ instead of $h + W_{up} f(W_{down} h)$, and puts it after "
+             "attention and after the feed-forward of every layer, before what they give is added to the residual "
+             "stream. What is the model before the first training step?",
         options={
             "a": ("Exactly the base model: the adapter's matrices give zero.",
-                  "They do, and here zero is what takes the place of the sublayer's output. It is the way around that lets "
-                  "the output through."),
+                  "They do, and here zero is what takes the place of what attention gives, and the feed-forward. It is "
+                  "the way around that lets that through."),
             "b": ("A model whose attention and feed-forward contribute nothing.",
-                  "Right: every sublayer's output is replaced by zero, and only the residual stream is left."),
+                  "Right: what attention and the feed-forward give is replaced by zero, and only the residual stream "
+                  "is left."),
             "c": ("The base model with a little noise.",
-                  "There is no noise: all that comes out is zero. (With the way around and Houlsby's small random start "
-                  "there is a little.)"),
+                  "There is no noise: all that comes out is zero. (With the way around and Houlsby's small random "
+                  "start there is a little.)"),
             "d": ("A model that cannot be run: the shapes do not fit.",
                   "The shapes fit, which is why nobody notices before looking at the loss."),
         }),
@@ -1045,17 +1057,17 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="adapters-q-latency", chapter=CHAPTER, points=1, right="a",
-        text="One adapter model, two servers. One answers single requests word by word; the other scores batches of 32 texts "
-             "of 512 tokens. Where do the adapters cost more, relative to the base model?",
+        text="One adapter model, two servers. One answers single requests word by word; the other scores batches of 32 "
+             "texts of 512 tokens. Where do the adapters cost more, relative to the base model?",
         options={
             "a": ("With single requests.",
-                  "Right: with little work per layer the time goes into starting many small operations, and adapters add "
-                  "more of those. In a large batch only the extra multiplications count, a few percent."),
+                  "Right: with little work per layer the time goes into starting many small operations, and adapters "
+                  "add more of those. In a large batch only the extra multiplications count, a few percent."),
             "b": ("With the batches: they contain 16,384 times as many tokens.",
                   "In absolute time, yes. The base model's time has grown by more, so the share has shrunk."),
             "c": ("The same: adapters are a fixed share of the multiplications.",
-                  "The share of *multiplications* is fixed. Time is also the cost of starting each operation, which does "
-                  "not grow with the work."),
+                  "The share of *multiplications* is fixed. Time is also the cost of starting each operation, which "
+                  "does not grow with the work."),
             "d": ("Nowhere: adapters can be merged.", "Bottleneck adapters cannot: an activation stands inside."),
         }),
     Question(
@@ -1063,14 +1075,15 @@ QUESTIONS: list[Question] = [
         text="Twenty tasks on one server, each request for another. What speaks for adapters and *against LoRA*?",
         options={
             "a": ("LoRA has to be merged for every request, adapters do not.",
-                  "LoRA need not be merged. Kept apart it can be switched per request, and per row of a batch, just like "
-                  "an adapter (you can see it in this chapter)."),
+                  "LoRA need not be merged. Kept apart it can be switched per request, and per row of a batch, just "
+                  "like an adapter (you can see it in this chapter)."),
             "b": ("Nothing, as long as LoRA is not merged.",
                   "Right: unmerged, both leave the base weights alone, and both are small files that are switched by "
                   "name. Merging is an offer that LoRA makes, not a duty."),
             "c": ("Adapters do not change the base model's weights, LoRA does.",
                   "LoRA changes them only when it is merged."),
-            "d": ("A LoRA file holds the whole merged model.", "It holds A and B; only a *merged* model is stored whole."),
+            "d": ("A LoRA file holds the whole merged model.", "It holds A and B; only a *merged* model is stored "
+                                                               "whole."),
         }),
     Question(
         name="adapters-q-hyper", chapter=CHAPTER, points=1, right="c",

@@ -1,8 +1,8 @@
 """Chapter 07, prefix and prompt tuning: seven exercises and six questions.
 
 Every answer is a function of what it is given (also the MLP's weights), so probes compare values: outputs, gradients,
-and how many numbers train. Cases keep apart what is easily mixed up: P ≠ T, P ≠ H, H ≠ H_kv, d ≠ H·d_h. Imports only torch
-and the standard library; references resolve when they are first used.
+and how many numbers train. Cases keep apart what is easily mixed up: P ≠ T, P ≠ H, H ≠ H_kv, d ≠ H·d_h. Imports only
+torch and the standard library; references resolve when they are first used.
 """
 from __future__ import annotations
 
@@ -84,18 +84,32 @@ def make_soft(mask: int = 1, label: int = -100, behind: bool = False, mask_widen
 
 def soft_overwrites(embeds, attention_mask, labels, prompt):
     P = len(prompt)
-    return torch.cat([prompt[:embeds.shape[1]].expand(len(embeds), -1, -1), embeds[:, P:]], dim=1), attention_mask, labels
+    return torch.cat([prompt[:embeds.shape[1]].expand(len(embeds), -1, -1), embeds[:, P:]],
+                     dim=1), attention_mask, labels
 
 
 def soft_one_row(embeds, attention_mask, labels, prompt):
     P = len(prompt)
-    return (torch.cat([prompt, embeds], dim=1), F.pad(attention_mask, (P, 0), value=1), F.pad(labels, (P, 0), value=-100))
+    return (torch.cat([prompt, embeds], dim=1), F.pad(attention_mask, (P, 0), value=1),
+            F.pad(labels, (P, 0), value=-100))
 
 
 def soft_in_the_batch(embeds, attention_mask, labels, prompt):
     rows = prompt[:, None].expand(-1, embeds.shape[1], -1)
-    return (torch.cat([rows, embeds]), torch.cat([attention_mask.new_ones(len(prompt), embeds.shape[1]), attention_mask]),
+    return (torch.cat([rows, embeds]), torch.cat([attention_mask.new_ones(len(prompt), embeds.shape[1]),
+                                                  attention_mask]),
             torch.cat([labels.new_full((len(prompt), embeds.shape[1]), -100), labels]))
+
+
+def soft_floats(embeds, attention_mask, labels, prompt):
+    B, P = len(embeds), len(prompt)
+    return (torch.cat([prompt.expand(B, -1, -1), embeds], dim=1), torch.cat([torch.ones(B, P), attention_mask], dim=1),
+            torch.cat([torch.full((B, P), -100.0), labels], dim=1))
+
+
+def soft_float_mask(embeds, attention_mask, labels, prompt):
+    embeds, mask, labels = make_soft()(embeds, attention_mask, labels, prompt)
+    return embeds, mask.float(), labels
 
 
 def soft_by_rows(embeds, attention_mask, labels, prompt):
@@ -138,6 +152,12 @@ SOFT_PROMPT = Exercise(
             "is written −100."),
         "labels −1": (make_soft(label=-1),
             "−1 is not the number that the loss ignores: F.cross_entropy leaves out targets of −100."),
+        "floats": (soft_floats,
+            "The numbers are right, and mask and labels have become floats: torch.ones and torch.full make floats when "
+            "they are not told otherwise. attention_mask.new_ones(…) and labels.new_full(…) keep the dtype."),
+        "a mask of floats": (soft_float_mask,
+            "The numbers are right, and the mask has become one of floats: torch.ones makes floats when it is not told "
+            "otherwise. attention_mask.new_ones(B, P) keeps the dtype."),
         "labels behind": (make_soft(labels_behind=True),
             "The −100s stand behind the labels and the prompt stands in front of the words: every label has moved "
             "away from its word by P places."),
@@ -151,7 +171,8 @@ SOFT_PROMPT = Exercise(
             "The prompt is [P, d], without a batch dimension, and torch.cat needs one row of it for each row of "
             "embeds: prompt.expand(B, -1, -1)."),
         "no gradient": (make_soft(detached=True),
-            "The numbers are right, and the prompt cannot learn from them: .detach(), .data or no_grad has cut it off."),
+            "The numbers are right, and the prompt cannot learn from them: .detach(), .data or no_grad has cut it "
+            "off."),
     },
     alternatives={"row by row": soft_by_rows, "by padding": soft_by_padding},
     accepts="function", hides=HIDES)
@@ -193,7 +214,8 @@ def counts_reference(method, P, model, hidden=None):
     return prefix_count(P, model["layers"], model["kv_heads"], model["head_dim"], hidden)
 
 
-def make_counts(width="kv", both=2, prompt_layers=False, all_layers=True, biases=True, inputs=True, mlp=True, mlp_in="kv",
+def make_counts(width="kv", both=2, prompt_layers=False, all_layers=True, biases=True, inputs=True, mlp=True,
+                mlp_in="kv",
                 prefix_too=False, tokens=True, prompt_width="d_model", per_layer_mlp=False):
     """virtual_parameters with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def virtual_parameters(method, P, model, hidden=None):
@@ -217,7 +239,8 @@ def counts_built(method, P, model, hidden=None):
     k = model["kv_heads"] * model["head_dim"]
     out = 2 * k * model["layers"]
     with torch.device("meta"):
-        parts = [nn.Embedding(P, model["d_model"])] if method == "prompt" else [nn.Embedding(P, out)] if not hidden else [
+        parts = [nn.Embedding(P, model["d_model"])] if method == "prompt" else [nn.Embedding(
+            P, out)] if not hidden else [
             nn.Embedding(P, k), nn.Linear(k, hidden), nn.Linear(hidden, out)]
     return sum(p.numel() for part in parts for p in part.parameters())
 
@@ -301,7 +324,7 @@ def causal(T: int, P: int = 0) -> Tensor:
 
 
 def make_attention(scale=lambda d_h, P: d_h ** -0.5, mask="right", fill=-math.inf, softmax=-1, order="front", keys=None,
-                   after=False, swap=False, layout="right"):
+                   after=False, swap=False, layout="right", heads_in_scale=False):
     """prefix_attention with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def prefix_attention(q, k, v, prefix_k, prefix_v):
         B, H, T, d_h = q.shape
@@ -312,8 +335,9 @@ def make_attention(scale=lambda d_h, P: d_h ** -0.5, mask="right", fill=-math.in
             P_k, P_v = P_v, P_k
         parts = lambda first, rest: torch.cat([first, rest] if order == "front" else [rest, first], dim=2)  # noqa: E731
         K, V = parts(P_k, k), parts(P_v, v)
-        scores = q @ K.mT * scale(d_h, P)
+        scores = q @ K.mT * (scale(d_h, P) if heads_in_scale is False else (d_h * H) ** -0.5)
         hidden = {"right": causal(T, P), "none": torch.zeros(T, P + T, dtype=torch.bool),
+                  "not itself": F.pad(torch.ones(T, T, dtype=torch.bool).triu(), (P, 0)),
                   "over both": torch.ones(T, P + T, dtype=torch.bool).triu(1),
                   "prefix hidden": causal(T, P).index_fill(1, torch.arange(P), True),
                   "upside down": F.pad(torch.ones(T, T, dtype=torch.bool).tril(-1), (P, 0))}[mask]
@@ -332,7 +356,8 @@ def attention_two_softmaxes(q, k, v, prefix_k, prefix_v):
 def attention_with_queries(q, k, v, prefix_k, prefix_v):
     """P more queries as well: the prefix's keys, asked."""
     P, T = len(prefix_k), q.shape[2]
-    K, V = (torch.cat([p.transpose(0, 1).expand(len(q), -1, -1, -1), t], dim=2) for p, t in ((prefix_k, k), (prefix_v, v)))
+    K, V = (torch.cat([p.transpose(0, 1).expand(len(q), -1, -1, -1), t], dim=2)
+            for p, t in ((prefix_k, k), (prefix_v, v)))
     Q = torch.cat([K[:, :, :P], q], dim=2)
     return (Q @ K.mT * q.shape[-1] ** -0.5).masked_fill(causal(P + T), -math.inf).softmax(-1) @ V
 
@@ -357,13 +382,15 @@ def attention_detached(q, k, v, prefix_k, prefix_v):
 
 
 def attention_by_torch(q, k, v, prefix_k, prefix_v):
-    K, V = (torch.cat([p.permute(1, 0, 2).expand(len(q), -1, -1, -1), t], dim=2) for p, t in ((prefix_k, k), (prefix_v, v)))
+    K, V = (torch.cat([p.permute(1, 0, 2).expand(len(q), -1, -1, -1), t], dim=2)
+            for p, t in ((prefix_k, k), (prefix_v, v)))
     return F.scaled_dot_product_attention(q, K, V, attn_mask=~causal(q.shape[2], len(prefix_k)))
 
 
 def attention_prefix_last(q, k, v, prefix_k, prefix_v):
     """The prefix behind the words, with its mask: a softmax does not care for the order of its columns."""
-    K, V = (torch.cat([t, p.permute(1, 0, 2).expand(len(q), -1, -1, -1)], dim=2) for p, t in ((prefix_k, k), (prefix_v, v)))
+    K, V = (torch.cat([t, p.permute(1, 0, 2).expand(len(q), -1, -1, -1)], dim=2)
+            for p, t in ((prefix_k, k), (prefix_v, v)))
     scores = torch.einsum("bhtd,bhsd->bhts", q, K) / math.sqrt(q.shape[-1])
     hidden = F.pad(causal(q.shape[2]), (0, len(prefix_k)))
     return torch.einsum("bhts,bhsd->bhtd", scores.masked_fill(hidden, -1e9).softmax(-1), V)
@@ -403,6 +430,12 @@ PREFIX_ATTENTION = Exercise(
         "mask upside down": (make_attention(mask="upside down"),
             "The causal mask is upside down: it hides what stands before a word and shows what comes after. Hide "
             "where the key's place is greater than the query's: triu(1)."),
+        "not itself": (make_attention(mask="not itself"),
+            "A word does not see itself: the triangle begins one column too early. Hide what comes *after* a word: "
+            "triu(1) over the words' columns, not triu(0)."),
+        "scale by the model's width": (make_attention(heads_in_scale=True),
+            "The scores are divided by √(H · d_h), the width of all heads together. Each head's own are divided by "
+            "√d_h."),
         "no scale": (make_attention(scale=lambda d_h, P: 1.0),
             "The scores are not divided by √d_h."),
         "scale d_h": (make_attention(scale=lambda d_h, P: 1 / d_h),
@@ -441,7 +474,8 @@ PREFIX_ATTENTION = Exercise(
             "The prefix is [P, H, d_h] and the keys are [B, H, T, d_h]: they cannot be joined like that. First "
             "transpose(0, 1) gives [H, P, d_h], then expand(B, -1, -1, -1) a copy for every row."),
         "no gradient": (attention_detached,
-            "The numbers are right, and the prefix cannot learn from them: .detach(), .data or no_grad has cut it off."),
+            "The numbers are right, and the prefix cannot learn from them: .detach(), .data or no_grad has cut it "
+            "off."),
     },
     alternatives={"torch's own attention": attention_by_torch, "prefix last, with its mask": attention_prefix_last,
                   "word by word": attention_word_by_word, "as a mixture": attention_as_a_mixture},
@@ -487,6 +521,10 @@ def make_gqa(view="right", share="interleave", batch_first=True, turn="transpose
             pair = [flat.view(P, 2, layers, kv_heads, d_h)[:, j, i] for j in (0, 1)]
         elif view == "d_h first":
             pair = [flat.view(P, layers, 2, d_h, kv_heads)[:, i, j].mT for j in (0, 1)]
+        elif view == "head by head":
+            pair = [flat.view(P, layers, kv_heads, 2, d_h)[:, i, :, j] for j in (0, 1)]
+        elif view == "P inside":
+            pair = [flat.reshape(layers, 2, kv_heads, P, d_h)[i, j].transpose(0, 1) for j in (0, 1)]
         else:
             pair = [flat.view(P, layers, kv_heads, d_h, 2)[:, i, ..., j] for j in (0, 1)]
         out = []
@@ -547,6 +585,12 @@ PREFIX_FOR_GQA = Exercise(
         "d_h before heads": (make_gqa(view="d_h first"),
             "Within the keys of a layer the columns go head by head, d_h columns each: the last two axes of the view "
             "are kv_heads, d_h, in this order."),
+        "head by head": (make_gqa(view="head by head"),
+            "You read key and value of one head, then of the next. Within a layer first come all keys, head by head, "
+            "and then all values: view(P, layers, 2, kv_heads, d_h)."),
+        "P inside": (make_gqa(view="P inside"),
+            "The table has a row for each virtual token, so P is the first axis of the view: view(P, layers, 2, "
+            "kv_heads, d_h). With another axis first the numbers of different tokens get mixed up."),
         "keys and values in turn": (make_gqa(view="in turn"),
             "You take every other column for a key. Within a layer all the keys come first and then all the values: "
             "the 2 stands right after the layers in the view."),
@@ -565,7 +609,8 @@ PREFIX_FOR_GQA = Exercise(
         "no batch": (make_gqa(batch=False),
             "The batch dimension is missing: every row of the batch gets the same prefix, expand(batch, -1, -1, -1)."),
         "no gradient": (gqa_detached,
-            "The numbers are right, and the prefix cannot learn from them: .detach(), .data or no_grad has cut it off."),
+            "The numbers are right, and the prefix cannot learn from them: .detach(), .data or no_grad has cut it "
+            "off."),
     },
     alternatives={"by slices": gqa_by_slices, "as peft and transformers do": gqa_as_peft},
     accepts="function", hides=HIDES)
@@ -622,7 +667,8 @@ def share_by_values(q, k, prefix_k):
 
 
 PREFIX_SHARE = Exercise(
-    name="prefix-share", chapter=CHAPTER, title="What the prefix gets, the words lose", points=2, minutes=8, difficulty=2,
+    name="prefix-share", chapter=CHAPTER, title="What the prefix gets, the words lose", points=2, minutes=8,
+    difficulty=2,
     inputs=share_inputs, probe=share_probe, reference=make_share(),
     mistakes={
         "the words' share": (make_share(lambda w, P: w[..., P:].sum(-1)),
@@ -786,6 +832,17 @@ class FoldTwice(Fold):
         self.forget()
 
 
+FoldTwice.__name__ = FoldTwice.__qualname__ = "ReparametrisedPrefix"      # the error that it raises names its class
+
+
+class FoldOwnWeights(Fold):
+    """Fresh layers of the right sizes; the numbers that were given are not used."""
+
+    def __init__(self, E, W1, b1, W2, b2):
+        layers = nn.Linear(*W1.T.shape), nn.Linear(*W2.T.shape)
+        super().__init__(E, *(t.detach() for layer in layers for t in (layer.weight, layer.bias)))
+
+
 class FoldNothing(Fold):
     def fold(self):
         pass
@@ -900,8 +957,8 @@ REPARAMETRISE = Exercise(
             "After fold() the MLP's input E is still a parameter beside the prefix, of no use to anybody. Put the "
             "prefix in its place, or delete it."),
         "folded and frozen": (FoldFrozen,
-            "After fold() nothing trains: the prefix is frozen, or a buffer. It should be a plain nn.Parameter, for one "
-            "may want to train it on."),
+            "After fold() nothing trains: the prefix is frozen, or a buffer. It should be a plain nn.Parameter, for "
+            "one may want to train it on."),
         "MLP on the result": (FoldStillRuns,
             "After fold() your forward sends the folded prefix through the MLP once more. Once folded, forward gives "
             "the parameter as it is."),
@@ -909,8 +966,12 @@ REPARAMETRISE = Exercise(
             "PyTorch refuses: what the MLP gives is a result with a history, and a parameter may not have one. Take "
             "its value: nn.Parameter(value.detach())."),
         "folding twice": (FoldTwice,
-            "The second fold() fails, because the MLP is gone. Folding what is folded should do nothing: remember it, "
-            "and return."),
+            "A matrix of the MLP is asked for when it is gone: either a second fold() looks for it, or the first one "
+            "deletes it before it has asked it. Compute, keep, delete, in this order, and only if it has not been done "
+            "yet."),
+        "layers of its own": (FoldOwnWeights,
+            "nn.Linear draws numbers of its own, and W1, b1, W2 and b2 are not used. Wrap the tensors that you are "
+            "given, nn.Parameter(W1), or copy them into your layers."),
     },
     alternatives={"values by hand": Fold, "nn.Sequential": FoldSequential, "a list that is emptied": FoldOptional},
     rtol=1e-4, atol=1e-5, accepts="class", hides=HIDES)
@@ -1003,7 +1064,8 @@ def gate_on_the_values(q, k, v, prefix_k, prefix_v, gate):
 def gate_as_the_authors(q, k, v, prefix_k, prefix_v, gate):
     """Two softmaxes side by side, the one of the prefix times the gate; then one product with all values."""
     s, P = q.shape[-1] ** -0.5, len(prefix_k)
-    K, V = (torch.cat([p.permute(1, 0, 2).expand(len(q), -1, -1, -1), t], dim=2) for p, t in ((prefix_k, k), (prefix_v, v)))
+    K, V = (torch.cat([p.permute(1, 0, 2).expand(len(q), -1, -1, -1), t], dim=2)
+            for p, t in ((prefix_k, k), (prefix_v, v)))
     scores = (q @ K.mT * s).masked_fill(causal(q.shape[2], P), -math.inf)
     weights = torch.cat([gate.view(1, -1, 1, 1) * scores[..., :P].softmax(-1), scores[..., P:].softmax(-1)], dim=-1)
     return weights @ V
@@ -1033,6 +1095,9 @@ ZERO_INIT_GATE = Exercise(
         "one minus": (make_gate(words_gate=lambda g: 1 - g),
             "You mix: (1 − g) times the words plus g times the prefix. The words' part stays as it is; only the "
             "prefix's part is gated."),
+        "gate on the words": (make_gate(words_gate=lambda g: g, gates=lambda g: 1),
+            "The gate stands before the words' part. It belongs to the prefix's: with the gate at 0 the words are left "
+            "as they were."),
         "gate on everything": (make_gate(words_gate=lambda g: g),
             "The gate multiplies the words' part as well, so with the gate at 0 the layer gives nothing at all."),
         "sigmoid": (make_gate(gates=torch.sigmoid),
@@ -1096,8 +1161,8 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="prefix-q-why-not-q", chapter=CHAPTER, points=1, right="a",
-        text="Suppose that the prefix also had queries, $[P_q; Q]$, beside its keys and values. What would change in the "
-             "outputs at the words?",
+        text="Suppose that the prefix also had queries, $[P_q; Q]$, beside its keys and values. What would change in "
+             "the outputs at the words?",
         options={
             "a": ("Nothing at all.",
                   "Right: each query gives one output, its own. The prefix's outputs would stand above positions that "
@@ -1127,8 +1192,9 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="prefix-q-file", chapter=CHAPTER, points=1, right="b",
-        text="You train a prefix through an MLP: 500,000 numbers of the MLP and its input, and a prefix of 40,000 numbers "
-             "comes out. You save the adapter as peft does. What is in the file, and what does it cost at inference?",
+        text="You train a prefix through an MLP: 500,000 numbers of the MLP and its input, and a prefix of 40,000 "
+             "numbers comes out. You save the adapter as peft does. What is in the file, and what does it cost at "
+             "inference?",
         options={
             "a": ("540,000 numbers; the MLP runs once for every token.",
                   "The MLP does not see the text at all. Its input is E, which is the same for every token."),
@@ -1142,8 +1208,8 @@ QUESTIONS: list[Question] = [
         }),
     Question(
         name="prefix-q-gate", chapter=CHAPTER, points=1, right="c",
-        text="LLaMA-Adapter starts with the gate at 0 and the prompt random. In the **first** training step, which of the "
-             "two gets a gradient that is not zero?",
+        text="LLaMA-Adapter starts with the gate at 0 and the prompt random. In the **first** training step, which of "
+             "the two gets a gradient that is not zero?",
         options={
             "a": ("Neither: zero times anything is zero.",
                   "The *output* is zero times something. The gate's gradient is that something itself."),
@@ -1151,13 +1217,13 @@ QUESTIONS: list[Question] = [
             "c": ("The gate alone.",
                   "Right, as with B and A in LoRA: the factor that is zero learns first, and the other follows."),
             "d": ("The prompt alone: the gate is switched off.",
-                  "It is the other way round: what the prompt gives is multiplied by the gate, so its gradient is zero, "
-                  "and the gate's is multiplied by what the prompt gives."),
+                  "It is the other way round: what the prompt gives is multiplied by the gate, so its gradient is "
+                  "zero, and the gate's is multiplied by what the prompt gives."),
         }),
     Question(
         name="prefix-q-cost", chapter=CHAPTER, points=1, right="b",
-        text="A model with a trained prefix of length 100 serves a batch of 32 conversations. What does the prefix cost, "
-             "compared with the base model?",
+        text="A model with a trained prefix of length 100 serves a batch of 32 conversations. What does the prefix "
+             "cost, compared with the base model?",
         options={
             "a": ("Nothing: it is merged into the weights.",
                   "LoRA can be merged. A prefix is not a change of a weight, and no weight does the same."),

@@ -137,6 +137,24 @@ def dora_columns_of_m(W0, A, B, m, alpha):
     return m * V / V.norm(dim=1).detach()
 
 
+def dora_rows_without_keepdim(detach):
+    """m on the rows, and the norms of the rows lined up with the columns."""
+    def dora_weight(W0, A, B, m, alpha):
+        V = W0 + alpha / len(A) * B @ A
+        return m[:, None] * V / (V.detach() if detach else V).norm(dim=1)
+    return dora_weight
+
+
+def dora_product_turned(W0, A, B, m, alpha):
+    V = W0 + alpha / len(A) * A @ B
+    return m[:, None] * V / V.detach().norm(dim=1, keepdim=True)
+
+
+def dora_without_gradients(W0, A, B, m, alpha):
+    with torch.no_grad():
+        return dora_reference(W0, A, B, m, alpha)
+
+
 def dora_all_detached(W0, A, B, m, alpha):
     V = (W0 + alpha / len(A) * B @ A).detach()
     return m[:, None] * V / V.norm(dim=1, keepdim=True)
@@ -163,27 +181,48 @@ DORA_NORM = Exercise(
     inputs=dora_inputs, probe=dora_probe, reference=dora_reference,
     mistakes={
         "the wrong axis": (make_dora(norm=lambda V: V.norm(dim=0, keepdim=True)),
-            "The norm runs over the wrong axis. The paper says “column”, but it writes x W; in torch the weight is [d_out, d_in] "
-            "and an output is a row. There is one length for each of the d_out rows: sum the squares along d_in, dim=1."),
+            "The norm runs over the wrong axis. The paper says “column”, but it writes x W; in torch the weight is "
+            "[d_out, d_in] and an output is a row. There is one length for each of the d_out rows: sum the squares "
+            "along d_in, dim=1."),
         "the wrong axis, m along the columns": (make_dora(norm=lambda V: V.norm(dim=0), times="columns"),
-            "Norm and m both belong to columns here: one length for each input. In torch a row of the weight makes an output, "
-            "and m has d_out numbers: dim=1, and m[:, None]."),
+            "Norm and m both belong to columns here: one length for each input. In torch a row of the weight makes an "
+            "output, and m has d_out numbers: dim=1, and m[:, None]."),
+        "the wrong axis, gradient through it": (make_dora(norm=lambda V: V.norm(dim=0, keepdim=True), detach=False),
+            "The norm runs over the wrong axis: dim=0 gives one length for each of the d_in columns. In torch an "
+            "output is a row, so it is dim=1. (And the norm is to be a constant: .detach().)"),
+        "the wrong axis, as it is often printed": (make_dora(norm=lambda V: V.norm(dim=0), times="columns",
+                                                             detach=False),
+            "This is the code that is often printed: norm over dim=0, one length for each input. In torch a row of the "
+            "weight makes an output, and m has d_out numbers: dim=1, and m[:, None]. (And the norm is to be a "
+            "constant: .detach().)"),
+        "norm along the columns": (dora_rows_without_keepdim(True),
+            "The norms are the rows', and torch lines a vector up with the *columns*. keepdim=True makes it [d_out, "
+            "1], and then it divides the rows."),
+        "norm along the columns, gradient through it": (dora_rows_without_keepdim(False),
+            "The norms are the rows', and torch lines a vector up with the columns: keepdim=True makes it [d_out, 1]. "
+            "(And the norm is to be a constant: .detach().)"),
+        "A times B": (dora_product_turned,
+            "B is [d_out, r] and A is [r, d_in]: it is B @ A that has the shape of W₀. (A @ B is r × r, where it fits "
+            "at all.)"),
+        "no gradients at all": (dora_without_gradients,
+            "Everything is computed under no_grad, so nothing learns, m included. Only the norm is a constant: "
+            ".detach() on it."),
         "m along the columns": (make_dora(times="columns"),
             "The norm is right, and m is multiplied along the columns: a vector times a matrix lines up with the last "
             "dimension. m belongs to the rows: m[:, None]."),
         "no keepdim": (dora_columns_of_m,
-            "m and the norm are vectors of length d_out, and torch lines them up with the columns. They belong to the rows: "
-            "write (m / norm)[:, None], or keepdim=True."),
+            "m and the norm are vectors of length d_out, and torch lines them up with the columns. They belong to the "
+            "rows: write (m / norm)[:, None], or keepdim=True."),
         "one norm for all": (make_dora(norm=lambda V: V.norm()),
             "This is the norm of the whole matrix. Each row gets a length of its own."),
         "the norm of W0": (make_dora(of="W0"),
-            "You divide by the norm of W₀. It is the norm of W₀ + ΔW, so that what is left is a pure direction, of length 1, and m "
-            "alone says how long the row is."),
+            "You divide by the norm of W₀. It is the norm of W₀ + ΔW, so that what is left is a pure direction, of "
+            "length 1, and m alone says how long the row is."),
         "the norm of ΔW": (make_dora(of="delta"),
             "You divide by the norm of ΔW. It is the norm of the sum, W₀ + ΔW."),
         "only the update": (dora_only_the_update,
-            "Here m sets the length of ΔW, which is then added to W₀. DoRA sets the length of the sum: add first, then divide "
-            "and multiply."),
+            "Here m sets the length of ΔW, which is then added to W₀. DoRA sets the length of the sum: add first, then "
+            "divide and multiply."),
         "W0 left out": (make_dora(base=False),
             "W₀ is missing: the direction is that of W₀ + ΔW, not that of ΔW."),
         "no magnitude": (make_dora(times="none"),
@@ -196,11 +235,11 @@ DORA_NORM = Exercise(
         "sum of absolute values": (make_dora(norm=lambda V: V.abs().sum(dim=1, keepdim=True)),
             "This is the sum of the absolute values. DoRA takes the Euclidean length."),
         "gradient through the norm": (make_dora(detach=False),
-            "The weight is right, and the gradient also runs through the norm. The paper (section 4.3) takes the norm for a "
-            "constant, and so does peft: .detach() on the norm."),
+            "The weight is right, and the gradient also runs through the norm. The paper (section 4.3) takes the norm "
+            "for a constant, and so does peft: .detach() on the norm."),
         "nothing learns but m": (dora_all_detached,
-            "The weight is right, but A and B get no gradient: .detach() or no_grad has cut off all of W₀ + ΔW. Only the norm is "
-            "a constant."),
+            "The weight is right, but A and B get no gradient: .detach() or no_grad has cut off all of W₀ + ΔW. Only "
+            "the norm is a constant."),
     },
     alternatives={"row by row": dora_row_by_row, "one factor per row": dora_two_factors,
                   "by normalize": lambda W0, A, B, m, alpha: (
@@ -213,7 +252,8 @@ DORA_NORM = Exercise(
 
 def groups_inputs(rng: torch.Generator) -> list[dict]:
     def case(dora: bool, head: bool, frozen_B: bool = False) -> dict:
-        shapes = {"model.layers.0.q_proj.base_layer.weight": ((4, 5), False), "model.layers.0.q_proj.base_layer.bias": ((4,), False),
+        shapes = {"model.layers.0.q_proj.base_layer.weight": ((4, 5), False), "model.layers.0.q_proj.base_layer.bias": (
+            (4,), False),
                   "model.layers.0.q_proj.lora_A.default.weight": ((2, 5), True),
                   "model.layers.0.q_proj.lora_B.default.weight": ((4, 2), True),
                   "model.block_B.up_proj.base_layer.weight": ((6, 4), False),
@@ -240,10 +280,12 @@ def groups_probe(work: Callable, case: dict) -> dict[str, Any]:
     before = [p.detach().clone() for _, p in named]
     groups = work(list(named), case["lr"], case["ratio"])
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
-        raise TypeError("loraplus_groups should return a list of dicts, {'params': [...], 'lr': ...}, one for each rate")
+        raise TypeError("loraplus_groups should return a list of dicts, {'params': [...], 'lr': ...}, one for each "
+                        "rate")
     optimizer = torch.optim.SGD([dict(group) for group in groups], lr=1e-9)
     for _, p in named:
-        p.grad = torch.ones_like(p)                           # frozen ones too: an optimizer that holds them would move them
+        # frozen ones too: an optimizer that holds them would move them
+        p.grad = torch.ones_like(p)
     optimizer.step()
     return {f"one step moves {name} by": (was - p.detach()).mean().item()
             for (name, p), was in sorted(zip(named, before), key=lambda item: item[0][0])}
@@ -264,7 +306,8 @@ def groups_reference(named, lr, ratio):
     return loraplus_groups(root, lr, ratio)
 
 
-def make_groups(fast=lambda n: "lora_B" in n or "lora_magnitude_vector" in n, slow=lambda n: True, rate=lambda lr, q: lr * q,
+def make_groups(fast=lambda n: "lora_B" in n or "lora_magnitude_vector" in n, slow=lambda n: True, rate=lambda lr,
+                q: lr * q,
                 base=lambda lr, q: lr, trains=True):
     """loraplus_groups with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def loraplus_groups(named, lr, ratio):
@@ -279,9 +322,16 @@ def groups_twice(named, lr, ratio):
             {"params": [p for n, p in named if p.requires_grad and "lora_B" in n], "lr": lr * ratio}]
 
 
+def groups_of_a_and_b(named, lr, ratio):
+    """As in most examples: two comprehensions, and nobody asks what trains."""
+    return [{"params": [p for n, p in named if "lora_A" in n], "lr": lr},
+            {"params": [p for n, p in named if "lora_B" in n], "lr": lr * ratio}]
+
+
 def groups_of_one(named, lr, ratio):
     """One group for each parameter."""
-    return [{"params": [p], "lr": lr * ratio if ".lora_B." in n or p.ndim == 1 else lr} for n, p in named if p.requires_grad]
+    return [{"params": [p], "lr": lr * ratio if ".lora_B." in n or p.ndim == 1 else lr} for n, p in named
+            if p.requires_grad]
 
 
 def groups_by_dict(named, lr, ratio):
@@ -306,7 +356,8 @@ LORAPLUS = Exercise(
         "the ratio as the rate": (make_groups(rate=lambda lr, q: q),
             "The ratio itself is B's rate here. It is a factor: lr · ratio."),
         "one rate": (make_groups(rate=lambda lr, q: lr),
-            "Both groups have the same rate, which is plain LoRA. B's is lr · ratio."),
+            "All groups have the same rate, which is plain LoRA. B's is lr · ratio. (Where two rates are there: does a "
+            "name *end* in “lora_B”? After it comes the adapter's name.)"),
         "A too": (make_groups(fast=lambda n: "lora_" in n),
             "“lora_” is in the names of A as well, so both learn fast. Only “lora_B” (and DoRA's magnitude) do."),
         "any B": (make_groups(fast=lambda n: "B" in n or "lora_magnitude_vector" in n),
@@ -314,7 +365,11 @@ LORAPLUS = Exercise(
         "frozen ones too": (make_groups(trains=False),
             "Frozen parameters are in a group as well. Take only those with requires_grad."),
         "only A and B": (make_groups(slow=lambda n: "lora_A" in n),
-            "What trains beside A and B, here a new head, is in no group: the optimizer will never touch it. It goes with A, at lr."),
+            "What trains beside A and B, here a new head, is in no group: the optimizer will never touch it. It goes "
+            "with A, at lr."),
+        "only A and B, frozen ones too": (groups_of_a_and_b,
+            "Two things at once: a frozen adapter is in a group as well (look at requires_grad), and what trains "
+            "beside A and B (a new head, DoRA's magnitude) is in none."),
         "magnitude slow": (make_groups(fast=lambda n: "lora_B" in n),
             "DoRA's magnitude learns at lr here. As in peft, it goes with B: lr · ratio."),
         "head fast": (make_groups(fast=lambda n: "lora_A" not in n),
@@ -337,7 +392,8 @@ def pick_inputs(rng: torch.Generator) -> list[dict]:
         for i in range(layers):
             found += [f"model.layers.{i}.self_attn.{kind}" for kind in ATTENTION]
             if experts:
-                found += [f"model.layers.{i}.mlp.experts.{j}.{kind}" for j in range(experts) for kind in ("up_proj", "down_proj")]
+                found += [f"model.layers.{i}.mlp.experts.{j}.{kind}" for j in range(experts)
+                          for kind in ("up_proj", "down_proj")]
             else:
                 found += [f"model.layers.{i}.mlp.{kind}" for kind in MLP]
             found.append(f"model.layers.{i}.mlp.group_proj")         # ends in "up_proj" without being one
@@ -362,7 +418,8 @@ def layer_of(name: str) -> int | None:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
 
 
-def make_pick(kind=lambda name, kinds: name.split(".")[-1] in kinds, first=lambda L, top: L - top, last=lambda L, top: L,
+def make_pick(kind=lambda name, kinds: name.split(".")[-1] in kinds, first=lambda L, top: L - top, last=lambda L,
+              top: L,
               number=layer_of, every=True, ordered=True):
     """pick_layers with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def pick_layers(names, kinds, top=None):
@@ -379,7 +436,21 @@ def pick_as_texts(names, kinds, top=None):
     """Compares layer numbers as texts: "9" > "11"."""
     numbers = sorted({name.split(".")[2] for name in names if ".layers." in name})
     keep = numbers[-top:] if top else numbers
-    return [name for name in names if ".layers." in name and name.split(".")[2] in keep and name.split(".")[-1] in kinds]
+    return [name for name in names if ".layers." in name and name.split(".")[2] in keep
+            and name.split(".")[-1] in kinds]
+
+
+def pick_needs_a_number(names, kinds, top=None):
+    """Takes the third part of every name for a number; "lm_head" has none."""
+    count = 1 + max(int(name.split(".")[2]) for name in names)
+    return [name for name in names if name.split(".")[-1] in kinds and int(name.split(".")[2]) >= count
+            - (top or count)]
+
+
+def pick_subtracts_none(names, kinds, top=None):
+    numbers = [layer_of(name) for name in names]
+    least = 1 + max(n for n in numbers if n is not None) - top
+    return [name for name, n in zip(names, numbers) if name.split(".")[-1] in kinds and n is not None and n >= least]
 
 
 def pick_modules(names, kinds, top=None):
@@ -427,13 +498,22 @@ PICK = Exercise(
         "only one layer": (make_pick(first=lambda L, top: L - top, last=lambda L, top: L - top + 1),
             "You take one layer, the one at L − top. All from there to the last belong to the top."),
         "numbers as texts": (pick_as_texts,
-            "Layer numbers are compared as texts, and \"9\" comes after \"11\". Make whole numbers of them first: int(...)."),
+            "Layer numbers are compared as texts, and \"9\" comes after \"11\". Make whole numbers of them first: "
+            "int(...)."),
+        "every name has a number": (pick_needs_a_number,
+            "“lm_head” and “model.embed_tokens” are in no layer and have no number: name.split(\".\")[2] is not there. "
+            "Look for “layers” among the parts first."),
+        "None is a number": (pick_subtracts_none,
+            "top=None means all layers, and None cannot be subtracted. Treat it first: if top is None, the first layer "
+            "is 0."),
         "counts modules": (pick_modules,
             "You take the last `top` modules. `top` counts layers, and each layer has several of these modules."),
         "part of a name": (make_pick(kind=lambda name, kinds: any(name.endswith(kind) for kind in kinds)),
-            "“group_proj” ends in “up_proj”, and is another module. Compare the whole last part of the name: name.split(\".\")[-1]."),
+            "“group_proj” ends in “up_proj”, and is another module. Compare the whole last part of the name: "
+            "name.split(\".\")[-1]."),
         "the expert's number": (make_pick(number=pick_inner_number),
-            "In “layers.3.mlp.experts.1.up_proj” you take the 1 for the layer. The layer's number is the one after “layers”."),
+            "In “layers.3.mlp.experts.1.up_proj” you take the 1 for the layer. The layer's number is the one after "
+            "“layers”."),
         "every kind": (make_pick(kind=lambda name, kinds: True),
             "You take every module of these layers. Only those whose name ends in one of `kinds`."),
         "every layer": (make_pick(first=lambda L, top: 0),
@@ -484,6 +564,16 @@ def phi_columns_of_Vh(M, k):
     return torch.linalg.svd(M, full_matrices=False)[2][:, :k].T
 
 
+def phi_columns_of_full_Vh(M, k):
+    """As if the third were V, as it was in torch.svd: the columns of what is Vh."""
+    return torch.linalg.svd(M)[2][:, :k].T
+
+
+def phi_outer(A, B, i, j):
+    inner = torch.linalg.svd(A, full_matrices=False)[2][:i].T @ torch.linalg.svd(B, full_matrices=False)[2][:j]
+    return (inner.norm() ** 2 / min(i, j)).item()
+
+
 def phi_last(M, k):
     return torch.linalg.svd(M, full_matrices=False)[2][-k:]
 
@@ -509,39 +599,50 @@ def phi_by_angles(A, B, i, j):
 
 
 PHI = Exercise(
-    name="subspace-similarity", chapter=CHAPTER, title="Do two trainings use the same directions?", points=4, minutes=12,
+    name="subspace-similarity", chapter=CHAPTER, title="Do two trainings use the same directions?", points=4,
+    minutes=12,
     difficulty=2, inputs=phi_inputs, probe=phi_probe, reference="pefttools.subspace:subspace_similarity",
     mistakes={
         "left vectors": (make_phi(basis=phi_left),
-            "These are the left-singular vectors: directions among the r rows. A's directions in the layer's input are the "
-            "right-singular ones, the rows of Vh."),
+            "These are the left-singular vectors: directions among the r rows. A's directions in the layer's input are "
+            "the right-singular ones, the rows of Vh."),
         "columns of Vh": (make_phi(basis=phi_columns_of_Vh),
             "torch gives Vh, whose rows are the right-singular vectors. You took its first columns."),
+        "columns of the whole Vh": (make_phi(basis=phi_columns_of_full_Vh),
+            "torch.linalg.svd gives U, S and Vh: the third is already transposed, and its *rows* are the "
+            "right-singular vectors. You took columns: Vh[:i], not V[:, :i]."),
+        "the other product": (phi_outer,
+            "The vectors are rows of Vh, so their inner products are U_A @ U_B.T, [i, j]. You have transposed the "
+            "other one."),
         "no order": (make_phi(basis=phi_qr),
-            "Your basis is orthonormal, but its first i vectors are not the i main directions: QR takes the rows as they come. "
-            "The SVD sorts by size."),
+            "Your basis is orthonormal, but its first i vectors are not the i main directions: QR takes the rows as "
+            "they come. The SVD sorts by size."),
         "rows of A": (make_phi(basis=lambda M, k: M[:k]),
-            "You compare rows of A and B themselves. They are neither of length 1 nor orthogonal; take the right-singular "
-            "vectors."),
+            "You compare rows of A and B themselves. They are neither of length 1 nor orthogonal; take the "
+            "right-singular vectors."),
         "normalised rows": (make_phi(basis=lambda M, k: F.normalize(M[:k], dim=1)),
             "The rows have length 1 now, and are still not orthogonal nor sorted. Take the right-singular vectors."),
         "the smallest": (make_phi(basis=phi_last),
-            "These are the directions of the smallest singular values. torch sorts from large to small: take the first i rows."),
+            "These are the directions of the smallest singular values. torch sorts from large to small: take the first "
+            "i rows."),
         "weighted": (make_phi(basis=phi_weighted),
             "The singular values are still in. φ compares directions, all of length 1: take Vh alone."),
-        "not divided": (make_phi(divide=lambda i, j: 1), "Divide by min(i, j), so that 1 means: one contains the other."),
+        "not divided": (make_phi(divide=lambda i, j: 1), "Divide by min(i, j), so that 1 means: one contains the "
+                                                         "other."),
         "divided by max": (make_phi(divide=max),
-            "You divide by the larger of i and j. Then two directions within five could never reach 1. Divide by the smaller."),
+            "You divide by the larger of i and j. Then two directions within five could never reach 1. Divide by the "
+            "smaller."),
         "divided by i": (make_phi(divide=lambda i, j: i),
             "You divide by i. Where j is smaller, φ could never reach 1: divide by min(i, j)."),
         "divided by j": (make_phi(divide=lambda i, j: j),
             "You divide by j. Where i is smaller, φ could never reach 1: divide by min(i, j)."),
         "divided by i·j": (make_phi(divide=lambda i, j: i * j),
-            "This is the mean of the squares over all i·j pairs. Each of the smaller set's directions can be used up once only: "
-            "divide by min(i, j)."),
+            "This is the mean of the squares over all i·j pairs. Each of the smaller set's directions can be used up "
+            "once only: divide by min(i, j)."),
         "not squared": (make_phi(power=1), "The Frobenius norm has to be squared: it is the sum of the squares."),
         "largest angle": (make_phi(norm=lambda inner: torch.linalg.matrix_norm(inner, 2) ** 2, divide=lambda i, j: 1),
-            "This is the spectral norm: it looks at the one best pair of directions. φ averages over all: the Frobenius norm."),
+            "This is the spectral norm: it looks at the one best pair of directions. φ averages over all: the "
+            "Frobenius norm."),
     },
     alternatives={"by projections": phi_by_projectors, "by principal angles": phi_by_angles},
     rtol=1e-3, atol=1e-4, accepts="function", hides=HIDES)
@@ -587,6 +688,34 @@ def budget_equal(deltas, budget):
     return [budget // len(deltas) + (i < budget % len(deltas)) for i in range(len(deltas))]
 
 
+def budget_floor(deltas, budget):
+    return [budget // len(deltas)] * len(deltas)
+
+
+def budget_by_energy(deltas, budget):
+    """In proportion to the squares."""
+    squares = [d.square().sum().item() for d in deltas]
+    return [round(budget * q / sum(squares)) for q in squares]
+
+
+def budget_one_too_few(deltas, budget):
+    """More than the budget-th largest, where it should be at least that."""
+    least = torch.cat([torch.linalg.svdvals(d) for d in deltas]).sort(descending=True).values[budget - 1]
+    return [int((torch.linalg.svdvals(d) > least).sum()) for d in deltas]
+
+
+def budget_matrix_ranks(deltas, budget):
+    return [int(torch.linalg.matrix_rank(d)) for d in deltas]
+
+
+def budget_numbers(deltas, budget):
+    return budget_by_score(deltas, budget, lambda d: d.abs().flatten())
+
+
+def budget_stacked(deltas, budget):
+    return torch.stack([torch.linalg.svdvals(d) for d in deltas]).flatten().topk(budget)
+
+
 def budget_by_norm(deltas, budget):
     """In proportion to the layers' norms."""
     norms = [d.norm().item() for d in deltas]
@@ -626,7 +755,8 @@ def budget_by_heap(deltas, budget):
 
 def budget_by_threshold(deltas, budget):
     spectra = [torch.linalg.eigvalsh(d @ d.T if d.shape[0] <= d.shape[1] else d.T @ d) for d in deltas]
-    least = sorted((value for s in spectra for value in s.tolist()), reverse=True)[min(budget, sum(map(len, spectra))) - 1]
+    least = sorted((value for s in spectra for value in s.tolist()), reverse=True)[min(budget, sum(map(len, spectra)))
+                                                                                   - 1]
     return [sum(value >= least for value in s.tolist()) for s in spectra]
 
 
@@ -635,19 +765,36 @@ BUDGET = Exercise(
     inputs=budget_inputs, probe=budget_probe, reference=make_budget(),
     mistakes={
         "the same for all": (budget_equal,
-            "Every layer gets the same rank, whatever is in it. Compare the singular values of all layers and keep the largest."),
+            "Every layer gets the same rank, whatever is in it. Compare the singular values of all layers and keep the "
+            "largest."),
+        "an equal part": (budget_floor,
+            "Every layer gets budget // layers, whatever is in it. Compare the singular values of all layers and keep "
+            "the largest."),
+        "by energy": (budget_by_energy,
+            "You share out in proportion to the squared norms. A large norm may be a single direction; count singular "
+            "values."),
+        "one too few": (budget_one_too_few,
+            "The last of the budget is missing: `>` leaves out the value at the threshold itself. With >= there are "
+            "`budget`."),
+        "the ranks of the matrices": (budget_matrix_ranks,
+            "These are the matrices' own ranks. The budget says how many directions all of them may keep together."),
+        "single numbers": (budget_numbers,
+            "You count entries of the matrices. A direction is a singular vector: torch.linalg.svdvals."),
+        "stacked": (budget_stacked,
+            "The matrices have different shapes, so their singular values cannot be stacked. torch.cat puts them one "
+            "after the other; remember which matrix each comes from."),
         "by norm": (budget_by_norm,
             "You share out in proportion to the norms. A large norm may be a single direction; count singular values."),
         "the budget for each": (budget_each,
             "Each layer gets the whole budget. It is for all layers together."),
         "first come": (budget_front_first,
-            "The first layers take what they can, and nothing is left for the others. Sort the singular values of all layers "
-            "together."),
+            "The first layers take what they can, and nothing is left for the others. Sort the singular values of all "
+            "layers together."),
         "one for each": (budget_at_least_one,
             "Every layer gets at least rank 1. A layer that hardly changed may get 0: only the sizes count."),
         "relative to its layer": (make_budget(lambda d: torch.linalg.svdvals(d) / torch.linalg.svdvals(d)[0]),
-            "You divide by each layer's largest singular value, so a layer that hardly changed counts as much as one that changed a "
-            "lot. Compare the singular values themselves."),
+            "You divide by each layer's largest singular value, so a layer that hardly changed counts as much as one "
+            "that changed a lot. Compare the singular values themselves."),
         "the smallest": (make_budget(lambda d: -torch.linalg.svdvals(d)),
             "The smallest singular values are kept. Keep the largest: they are most of the update."),
         "rows, not directions": (budget_entries,
@@ -686,6 +833,11 @@ def make_pairs(sign=1, spread=statistics.stdev, root=True, paired=True):
     return paired_difference
 
 
+def pairs_absolute(a, b):
+    d = [abs(y - x) for x, y in zip(a, b)]
+    return statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5
+
+
 def pairs_by_torch(a, b):
     d = torch.tensor(b, dtype=torch.float64) - torch.tensor(a, dtype=torch.float64)
     return d.mean().item(), (d.std() / math.sqrt(len(d))).item()
@@ -703,19 +855,25 @@ PAIRS = Exercise(
     name="paired-difference", chapter=CHAPTER, title="Is it a difference?", points=2, minutes=8, difficulty=2,
     inputs=pairs_inputs, probe=pairs_probe, reference=make_pairs(),
     mistakes={
-        "a minus b": (make_pairs(sign=-1), "The sign is turned round: it is b − a, so that a negative number means that b has the lower loss."),
+        "a minus b": (make_pairs(sign=-1), "The sign is turned round: it is b − a, so that a negative number means "
+                                           "that b has the lower loss."),
+        "without the sign": (pairs_absolute,
+            "You take absolute values. The sign says which of the two is better, and differences of both signs "
+            "cancel."),
         "not paired": (make_pairs(paired=False),
-            "The standard error is that of two separate groups. Seed k drew the same data for a[k] and b[k], so what the "
-            "seed does to both cancels in b[k] − a[k]: take the spread of the differences."),
+            "The standard error is that of two separate groups. Seed k drew the same data for a[k] and b[k], so what "
+            "the seed does to both cancels in b[k] − a[k]: take the spread of the differences."),
         "spread of one run": (make_pairs(root=None),
-            "This is the standard deviation of the differences: how far a single one lies from the mean. The mean itself is "
-            "known better: divide by √n."),
-        "divided by n": (make_pairs(root=False), "The standard deviation is divided by n. It is √n: four times the seeds, half the error."),
+            "This is the standard deviation of the differences: how far a single one lies from the mean. The mean "
+            "itself is known better: divide by √n."),
+        "divided by n": (make_pairs(root=False), "The standard deviation is divided by n. It is √n: four times the "
+                                                 "seeds, half the error."),
         "n for n − 1": (make_pairs(spread=statistics.pstdev),
-            "Your standard deviation divides by n, which is too small when the mean comes from the same few numbers. Divide by "
-            "n − 1 (statistics.stdev, torch.std)."),
+            "Your standard deviation divides by n, which is too small when the mean comes from the same few numbers. "
+            "Divide by n − 1 (statistics.stdev, torch.std)."),
         "variance": (make_pairs(spread=statistics.variance), "The square root is missing: you took the variance."),
-        "range": (make_pairs(spread=lambda d: (max(d) - min(d)) / 2), "You took half the range. The standard error comes from the standard deviation."),
+        "range": (make_pairs(spread=lambda d: (max(d) - min(d)) / 2),
+                  "You took half the range. The standard error comes from the standard deviation."),
     },
     alternatives={"by torch": pairs_by_torch, "by variances and covariance": pairs_by_variances},
     rtol=1e-4, accepts="function", hides=())
@@ -730,56 +888,71 @@ QUESTIONS = [
         options={
             "a": ("It is a quarter of what it was.", "That is LoRA's α/r. rsLoRA divides by √r."),
             "b": ("It is half of what it was.", "Right: √(8/32) = 1/2."),
-            "c": ("It stays: that is the point of rsLoRA.", "It falls with the rank, only more slowly than LoRA's: as 1/√r."),
+            "c": ("It stays: that is the point of rsLoRA.", "It falls with the rank, only more slowly than LoRA's: as "
+                                                            "1/√r."),
             "d": ("It doubles.", "More rank never gives a larger factor; α is divided by √r."),
         }),
     Question(
         name="flavours-q-axis", chapter=CHAPTER, points=1, right="c",
-        text="`k_proj` of Llama-3.2-1B has a weight of the shape `[512, 2048]` (torch's way). How many magnitudes does DoRA train for it?",
+        text="`k_proj` of Llama-3.2-1B has a weight of the shape `[512, 2048]` (torch's way). How many magnitudes does "
+             "DoRA train for it?",
         options={
             "a": ("2048, one for each column, as the paper says.",
                   "The paper writes $xW$, where a column makes an output. In torch's layout that column is a row."),
-            "b": ("1: the length of the weight.", "One number could only make the whole layer stronger or weaker. There is one for each output."),
+            "b": ("1: the length of the weight.", "One number could only make the whole layer stronger or weaker. "
+                                                  "There is one for each output."),
             "c": ("512, one for each row.", "Right: one for each output."),
-            "d": ("512 + 2048, one for each row and column.", "Rows alone. Rescaling the inputs as well would be another method."),
+            "d": ("512 + 2048, one for each row and column.", "Rows alone. Rescaling the inputs as well would be "
+                                                              "another method."),
         }),
     Question(
         name="flavours-q-dora", chapter=CHAPTER, points=1, right="d",
         text="In a DoRA layer you freeze $m$ and train $A$ and $B$ for a while. What can **not** have changed?",
         options={
             "a": ("The direction of any row of the weight.", "Directions are what A and B change."),
-            "b": ("The singular values of the weight.", "Rows that turn towards each other change the singular values, even when each keeps its length."),
+            "b": ("The singular values of the weight.", "Rows that turn towards each other change the singular values, "
+                                                        "even when each keeps its length."),
             "c": ("Anything: without $m$ nothing learns.", "A and B learn as in LoRA; only lengths are fixed."),
             "d": ("The length of each row of the weight.", "Right: it is m, whatever A and B are."),
         }),
     Question(
         name="flavours-q-chance", chapter=CHAPTER, points=1, right="a",
-        text="Two matrices $A$ of rank 8 and 64 read the same input of 256 numbers. $\\varphi(8, 64)$ is 0.26. What does this say?",
+        text="Two matrices $A$ of rank 8 and 64 read the same input of 256 numbers. $\\varphi(8, 64)$ is 0.26. What "
+             "does this say?",
         options={
             "a": ("Hardly anything: two random subspaces of this size have 64/256 = 0.25 in common.",
                   "Right. φ is to be read against chance, and chance is max(i, j)/n."),
-            "b": ("A quarter of what r = 8 learned is also in r = 64.", "Random matrices that have learned nothing give the same number."),
-            "c": ("The two are nearly orthogonal, since 0.26 is near 0.", "Orthogonal subspaces would have 0; random ones of 8 and 64 in 256 have 0.25."),
-            "d": ("The rank 64 was a waste.", "Nothing follows about the rank from a number that chance gives as well."),
+            "b": ("A quarter of what r = 8 learned is also in r = 64.",
+                  "Random matrices that have learned nothing give the same number."),
+            "c": ("The two are nearly orthogonal, since 0.26 is near 0.",
+                  "Orthogonal subspaces would have 0; random ones of 8 and 64 in 256 have 0.25."),
+            "d": ("The rank 64 was a waste.", "Nothing follows about the rank from a number that chance gives as "
+                                              "well."),
         }),
     Question(
         name="flavours-q-one-rate", chapter=CHAPTER, points=1, right="b",
-        text="Somebody trains LoRA and full fine-tuning at a learning rate of 0.0001 with ten seeds each, and full fine-tuning is better "
-             "by twenty standard errors. What is shown?",
+        text="Somebody trains LoRA and full fine-tuning at a learning rate of 0.0001 with ten seeds each, and full "
+             "fine-tuning is better by twenty standard errors. What is shown?",
         options={
-            "a": ("That full fine-tuning is the better method.", "Methods have their best learning rates in different places. This compares them at one."),
-            "b": ("That it is better at this learning rate.", "Right. Error bars say how sure a comparison is, and not whether it was the fair one."),
-            "c": ("Nothing: ten seeds are too few.", "For twenty standard errors ten seeds are plenty. The trouble lies elsewhere."),
+            "a": ("That full fine-tuning is the better method.", "Methods have their best learning rates in different "
+                                                                 "places. This compares them at one."),
+            "b": ("That it is better at this learning rate.", "Right. Error bars say how sure a comparison is, and not "
+                                                              "whether it was the fair one."),
+            "c": ("Nothing: ten seeds are too few.", "For twenty standard errors ten seeds are plenty. The trouble "
+                                                     "lies elsewhere."),
             "d": ("That LoRA needs a higher rank.", "The rank was not varied. A higher learning rate may already do."),
         }),
     Question(
         name="flavours-q-dropout", chapter=CHAPTER, points=1, right="c",
-        text="LoRA with `dropout=0.5` has just been attached, $B = 0$, and the model is in training mode. How does its output differ from the "
-             "base model's?",
+        text="LoRA with `dropout=0.5` has just been attached, $B = 0$, and the model is in training mode. How does its "
+             "output differ from the base model's?",
         options={
-            "a": ("Half of each layer's inputs are zero.", "That would be dropout on the whole layer. LoRA's acts on the input of A alone; the frozen road sees everything."),
-            "b": ("It is half as large.", "Dropout divides what it keeps by 1 − p, so sizes stay the same on average; and here it acts on nothing yet."),
+            "a": ("Half of each layer's inputs are zero.", "That would be dropout on the whole layer. LoRA's acts on "
+                                                           "the input of A alone; the frozen road sees everything."),
+            "b": ("It is half as large.", "Dropout divides what it keeps by 1 − p, so sizes stay the same on average; "
+                                          "and here it acts on nothing yet."),
             "c": ("Not at all.", "Right: dropout acts on what goes into A, and what comes out of B is still zero."),
-            "d": ("It is random, with the base model's as its mean.", "As soon as B is not zero. At the start what is added is exactly 0."),
+            "d": ("It is random, with the base model's as its mean.",
+                  "As soon as B is not zero. At the start what is added is exactly 0."),
         }),
 ]

@@ -78,6 +78,10 @@ def weights_linear_only(linear, other, kind):
     return weight_reference(linear, 0, kind)
 
 
+def weights_other_in_two_bytes(linear, other, kind):
+    return weight_reference(linear, 0, kind) + 2 * other
+
+
 def weights_in_bits(linear, other, kind):
     return 8 * weight_reference(linear, other, kind)
 
@@ -141,6 +145,9 @@ WEIGHT_BYTES = Exercise(
             "256."),
         "bits for bytes": (weights_in_bits,
             "This is the number of bits. Eight of them make a byte."),
+        "other always in two bytes": (weights_other_in_two_bytes,
+            "In \"float32\" you count `other` with 2 bytes. There all weights have 4, these too; 2 bytes for `other` "
+            "belong to the other three kinds."),
         "float32 as bfloat16": (weights_with(4.5, DQ_BITS, wide=2.0),
             "A float32 weight has 4 bytes (32 bits), a bfloat16 one 2."),
         "in GB": (weights_in_gigabytes, "This is in GB. Return bytes: then no one can take GB for GiB."),
@@ -287,6 +294,13 @@ OPTIMIZER_BYTES = Exercise(
             "A vector cannot be factored into rows and columns, so Adafactor keeps its whole second moment."),
         "adafactor in the parameter's dtype": (optimizer_with(adafactor=lambda s, d: d * sum(s)),
             "Adafactor's rows and columns are float32 here, whatever the parameter is: 4 bytes each."),
+        "adafactor's vector in the parameter's dtype": (
+            optimizer_with(adafactor=lambda s, d: 4 * sum(s) if len(s) == 2 else d * s[0]),
+            "A vector's second moment is float32 as well: all that Adafactor keeps has 4 bytes a number."),
+        "small tensors in the parameter's dtype": (optimizer_with(adamw_8bit=lambda s, d: state_of(
+                s, d, "adamw_8bit") if math.prod(s) >= 4096 else 2 * d * math.prod(s)),
+            "The moments of the small tensors have the parameter's dtype in your count. bitsandbytes keeps those in "
+            "float32 whatever the parameter is: 2 · 4 bytes a number."),
         "sgd with momentum": (optimizer_with(sgd=lambda s, d: d * math.prod(s)),
             "You count a momentum for SGD. Plain SGD (momentum 0, the default) has no state at all."),
     },
@@ -400,6 +414,9 @@ ACTIVATION_BYTES = Exercise(
             "For \"lora\" you count as if no layer learned anything. But A of every linear layer needs that layer's "
             "*input* "
             "for its gradient: the norms' outputs and the input of `down_proj` are kept again."),
+        "full as LoRA": (activation_with({"all": KEPT["lora"]}),
+            "For \"all\" you count what LoRA keeps. The norms' own weights train too, and the gradient of each needs the "
+            "normalised input from before that weight: 2h more for each of the two norms."),
         "LoRA as full": (activation_with({"lora": KEPT["all"]}),
             "For \"lora\" you count what full fine-tuning keeps. The norms' own weights are frozen, so what only they "
             "need "
@@ -494,6 +511,9 @@ LOGITS_BYTES = Exercise(
         "everything in 16 bits": (lambda v, t, d, holds: v * t * (3 * d + (d if holds else 0)),
             "You count the loss in the base's dtype. transformers turns the logits into float32 first, whatever the "
             "model's dtype is: 4 bytes for each of the three."),
+        "last gradient in the model's dtype": (lambda v, t, d, holds: v * t * (8 + d + (d if holds else 0)),
+            "You count the gradient with respect to the logits in the model's dtype. At that moment it is still the "
+            "one of the float32 copy, 4 bytes; it becomes 16 bits one step later, when the others are gone."),
         "one row": (lambda v, t, d, holds: v * (12 + (d if holds else 0)),
             "This is for one token. Every token of the batch has its own row of logits."),
         "float32 copy kept": (logits_with(rest=16),
@@ -564,6 +584,11 @@ def fits_in_gib(parts, card_mib, context_mib, margin):
     return fits, left / 2**30
 
 
+def fits_in_mib(parts, card_mib, context_mib, margin):
+    fits, left = fits_reference(parts, card_mib, context_mib, margin)
+    return fits, left / 2**20
+
+
 def fits_margin_of_the_card(parts, card_mib, context_mib, margin):
     left = (card_mib - context_mib) * 2**20 * (1 - margin) - sum(amount * SIZES[unit] for amount, unit in parts)
     return left >= 0, left
@@ -627,6 +652,15 @@ FITS = Exercise(
             "needed."),
         "left in GiB": (fits_in_gib,
             "What is left is in GiB. Return bytes."),
+        "left in MiB": (fits_in_mib,
+            "What is left is in MiB. Return bytes."),
+        "context put on top": (fits_with(there=lambda card, context: (card + context) * 2**20),
+            "You add the context to the card. It *takes* its part of it: card − context is there for tensors."),
+        "margin in percent": (fits_with(needed=lambda peak, margin: peak * (1 + margin / 100)),
+            "You divide the margin by 100. It is a share already: 0.03 is 3 %."),
+        "never below zero": (lambda *given: (fits_reference(*given)[0], max(0, fits_reference(*given)[1])),
+            "Where it does not fit you say that 0 bytes are left. Return the negative number: it says how much has to "
+            "go."),
         "always": (lambda *given: (True, fits_reference(*given)[1]),
             "You say that it fits where the bytes left are negative."),
     },
@@ -872,8 +906,9 @@ DESIGN = Exercise(
             "You plan for the weights alone. What the layers keep, the logits and the optimizer's state have to fit "
             "beside them."),
         "logits forgotten": (planned_with("weights", "trained", "kept", "again"),
-            "Your sum has no logits. With a vocabulary of 128,256 words they are 14 bytes · 128,256 = 1.8 MB for each "
-            "token, as much as many layers keep."),
+            "Too much for the card in those very cases in which a sum without the logits, or without a margin, would "
+            "have said that it fits. Are both in yours? With 128,256 words the logits are 14 bytes · 128,256 = 1.8 MB "
+            "for each token, as much as many layers keep; and 10 % are for what the four functions leave out."),
         "activations forgotten": (planned_with("weights", "trained", "logits"),
             "Your sum has nothing of what the layers keep for the backward pass. Without checkpointing that is usually "
             "the largest term after the weights."),
