@@ -14,7 +14,7 @@ STALE = stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test build grade doctor bench-lab bench hostile vram-page clean stale
+.PHONY: help lab test build grade doctor bench-lab bench hostile vram-page finetune-drill clean stale
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -47,6 +47,9 @@ doctor: $(STAMP)  ## what works on this machine, and what to do about the rest
 
 bench-lab: $(STAMP)  ## train the bundled model in eight ways, half an hour; writes docs/bundled_finetune.md
 	@$(PY) -m pefttools.lab.compare $(ARGS)
+
+finetune-drill: $(STAMP)  ## kill a fine-tune ten times a method and resume it, half an hour; writes docs/finetune_drill.md
+	@$(PY) -m pefttools.lab.finetune_drill --to docs/finetune_drill.md $(ARGS)
 
 bench: $(STAMP)  ## speed and memory beside peft and bitsandbytes, about an hour; writes docs/benchmarks.md (ARGS=--quick)
 	@$(PY) -m pefttools.bench --to docs/benchmarks.md $(ARGS)

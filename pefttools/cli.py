@@ -1,4 +1,4 @@
-"""One command for the course: `pefttools lab | doctor | build | grade | data | vram | finetune | version`.
+"""One command for the course: `pefttools lab | doctor | build | grade | data | vram | finetune | evaluate | version`.
 
 Each subcommand imports what it needs when it runs, so that `pefttools --help` answers at once. Exit codes: 0 done, 1 it
 was tried and something is wrong, 2 it was called wrongly.
@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--write", type=Path, metavar="FILE", help="write the whole split to FILE, one JSON object a line"
     )
 
-    from pefttools.lab import finetune
+    from pefttools.lab import evaluate_command, finetune
     from pefttools.vram import command as vram
 
     memory = command("vram", vram.run, "compute the GPU memory of a fine-tune before it is run, and what fits")
@@ -132,6 +132,14 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Killed or stopped, the same command goes on from its last checkpoint in --out.",
     )
     finetune.add_arguments(tune)
+
+    card = command(
+        "evaluate",
+        evaluate_command.run,
+        "measure an adapter before it is released: quality, forgetting, safety, memory, speed, and a gate",
+        epilog="Exit status 0: the gate is passed; 1: it is not; 2: the question was wrong.",
+    )
+    evaluate_command.add_arguments(card)
 
     command("version", run_version, "print the version")
     return parser

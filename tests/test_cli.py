@@ -13,7 +13,7 @@ import pytest
 from pefttools import cli
 
 ROOT = Path(cli.__file__).parents[1]
-COMMANDS = ["lab", "doctor", "build", "grade", "data", "vram", "finetune", "version"]
+COMMANDS = ["lab", "doctor", "build", "grade", "data", "vram", "finetune", "evaluate", "version"]
 
 
 def run(*args: str, **kwargs) -> subprocess.CompletedProcess:

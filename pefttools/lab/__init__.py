@@ -18,8 +18,10 @@ WHERE = {
     "train": "training", "History": "training", "loss_sum": "training", "schedule": "training",
     "train_with_trainer": "trainer",
     "generate": "generation",
-    "evaluate": "evaluation", "held_out_loss": "evaluation", "code_of": "evaluation", "run_programs": "evaluation",
-    "Report": "evaluation",
+    "evaluate": "evaluation", "Report": "evaluation", "code_of": "programs", "run_programs": "programs",
+    "held_out_loss": "losses", "row_losses": "losses", "perplexity": "losses", "pass_at_k": "passk",
+    "Interval": "intervals", "bootstrap": "intervals", "paired_bootstrap": "intervals", "wilson": "intervals",
+    "forgetting": "base_domain", "base_texts": "base_domain", "document_losses": "base_domain",
 }
 __all__ = sorted(WHERE)
 

@@ -15,6 +15,10 @@ from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny"
 LLAMA_1B = ("meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B")  # gated, ungated mirror; one licence
+# Their commits as dozens of public repositories have them in their caches' paths; the hub could not be asked here. Where it
+# does not know one of them, the message says so, and load_base("unsloth/Llama-3.2-1B", revision="main") takes the newest.
+REVISIONS = {"meta-llama/Llama-3.2-1B": "4e20de362430cd3b72f300e6b0f18e50e7166e08",
+             "unsloth/Llama-3.2-1B": "9535bd9b1d1dea6acafbdc4813b728796aeb28da"}
 PAD = "<|finetune_right_pad_id|>"  # Llama-3's tokenizers reserve it; the base models name no pad token
 
 
@@ -94,7 +98,7 @@ def first_of(names, dtype, kwargs) -> Base:
     reasons = []
     for name in names:
         try:
-            return Base(*from_hub(name, dtype, None, kwargs), name, "; ".join([*reasons, "loaded"]))
+            return Base(*from_hub(name, dtype, REVISIONS.get(name), kwargs), name, "; ".join([*reasons, "loaded"]))
         except ValueError as e:
             reasons.append(str(e))
             print(f"{e}\n→ trying the next", flush=True)
@@ -157,6 +161,8 @@ def reason(error: BaseException) -> str:
         return f"the hub has a fault (HTTP {status}): try again later"
     if seen(LocalEntryNotFoundError, ConnectionError, TimeoutError) or any("httpx" in type(c).__module__ for c in chain):
         return "the hub does not answer and the model is not in the local cache: check the network"
+    if any(sign in repr(c) for c in chain for sign in ("Consistency check", "IncompleteRead", "peer closed connection")):
+        return "the hub sent less of a file than it announced: try again"
     if any("safetensors" in type(c).__module__.lower() or "SafetensorError" in type(c).__name__ for c in chain):
         return "its weights file is damaged: delete it from the local cache and load again"
     return f"cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"

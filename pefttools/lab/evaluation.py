@@ -1,110 +1,72 @@
-"""How good is it? Held-out loss, and pass@1: write the program, run its tests."""
+"""How good is it? pass@k: write programs, run their tests. (Losses are in `losses.py`, intervals in `intervals.py`.)"""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from pefttools.lab.intervals import Interval, bootstrap, wilson
 from pefttools.lab.generation import generate
-from pefttools.lab.text import IGNORE, collate, encoded
-from pefttools.lab.training import loss_sum
+from pefttools.lab.losses import held_out_loss
+from pefttools.lab.passk import pass_at_k
+from pefttools.lab.programs import code_of, run_programs
 
-RUNNER = Path(__file__).with_name("run_tests.py")
-
-
-@torch.no_grad()
-def held_out_loss(model, tokenizer, data, batch_size: int = 32, max_length: int = 256) -> float:
-    """Mean loss over the target tokens of `data`, in nats per token. Every token weighs the same, padding nothing."""
-    was_training = model.training
-    model.eval()
-    rows = sorted(encoded(data, tokenizer, max_length), key=lambda r: len(r["input_ids"]))
-    device = next(model.parameters()).device
-    total = count = 0
-    for i in range(0, len(rows), batch_size):
-        batch = collate(rows[i:i + batch_size], tokenizer.pad_token_id)
-        total += loss_sum(model, {k: v.to(device) for k, v in batch.items()}).item()
-        count += int((batch["labels"][:, 1:] != IGNORE).sum())
-    model.train(was_training)
-    if not count:
-        raise ValueError("no row has a target token: there is nothing to take a loss over")
-    return total / count
-
-
-def code_of(answer: str) -> str:
-    """The program in an answer: what stands between the first ```python fence and the next ```, or all of it."""
-    fenced = re.search(r"```(?:python)?[ \t]*\n(.*?)(?:\n?```|\Z)", answer, re.DOTALL)
-    return fenced.group(1) if fenced else answer
-
-
-def run_programs(programs: list[tuple[str, list[str]]], seconds: int = 3, mb: int = 512) -> list[dict]:
-    """Run each (code, tests) in a process with limits. Returns {"passed": bool, "error": str} for each, in order.
-
-    seconds: wall and CPU time a program may take. mb: memory in MiB. The environment is empty and the folder is
-    scratch; the network is not cut off here, so run only code you would run anyway.
-    """
-    if sys.platform == "win32":
-        raise OSError("programs are run with POSIX limits: on Windows use WSL")
-    if not programs:
-        return []
-    jobs = [json.dumps({"code": c, "tests": list(t), "seconds": seconds, "mb": mb}) for c, t in programs]
-    workers = max(1, min(len(jobs), os.cpu_count() or 1))
-    shares = [range(w, len(jobs), workers) for w in range(workers)]
-
-    def share(numbers) -> list[dict]:
-        done = subprocess.run([sys.executable, "-I", "-S", str(RUNNER)], input="\n".join(jobs[i] for i in numbers) + "\n",
-                              capture_output=True, text=True, env={"PATH": os.defpath}, check=False)
-        out = [json.loads(line) for line in done.stdout.splitlines()]
-        if len(out) != len(numbers):
-            raise RuntimeError(f"the test runner stopped after {len(out)} of {len(numbers)} programs: {done.stderr[-300:]}")
-        return out
-
-    results: list[dict] = [{}] * len(jobs)
-    with ThreadPoolExecutor(workers) as pool:
-        for numbers, out in zip(shares, pool.map(share, shares)):
-            for i, result in zip(numbers, out):
-                results[i] = result
-    return results
-
-
-def wilson(passed: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): honest at 0 of n and n of n, where p ± z·s is not."""
-    p, d = passed / n, 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    middle = (p + z * z / (2 * n)) / d
-    return max(0.0, middle - half), min(1.0, middle + half)
+__all__ = ["Report", "code_of", "evaluate", "held_out_loss", "run_programs", "wilson"]
+WHERE = {"sandbox": "in a sandbox (bubblewrap)", "subprocess": "in a subprocess with limits, without a sandbox"}
 
 
 @dataclass
 class Report:
-    """An evaluation. `rows`: one dict per row with instruction, kind, answer, passed, error."""
+    """An evaluation. `rows`: one dict per row with instruction, input, kind, answer, passed, error and samples.
+
+    answer, passed and error are those of the first sample; `samples` lists all of them as dicts. `where` says in what
+    the programs ran: "sandbox" or "subprocess".
+    """
 
     rows: list[dict]
     seconds: float
+    where: str = "subprocess"
+    k: tuple[int, ...] = (1,)
+
+    @property
+    def samples(self) -> int:
+        """Answers drawn for each row."""
+        return len(self.rows[0].get("samples", [None]))
+
+    def values(self, k: int = 1) -> list[float]:
+        """Each row's pass@k, 0 to 1, in order: what `bootstrap` and `paired_bootstrap` take."""
+        return [pass_at_k(len(s), sum(each["passed"] for each in s), k)
+                for s in (r.get("samples", [r]) for r in self.rows)]
+
+    def pass_at(self, k: int = 1) -> Interval:
+        """pass@k with a 95 % interval: Wilson's for one answer a row, else the bootstrap over rows.
+
+        Wilson's too where all rows agree (none passed, say): the bootstrap would be sure of that. Either is about other
+        rows of this kind, not about another training run.
+        """
+        values = self.values(k)
+        if self.samples == 1 or len(set(values)) == 1 and values[0] in (0.0, 1.0):
+            return Interval(sum(values) / len(values), *wilson(round(sum(values)), len(values)))
+        return bootstrap(values)
 
     @property
     def pass_at_1(self) -> float:
-        """Share of rows whose one greedy answer passes all its tests, 0 to 1."""
-        return sum(r["passed"] for r in self.rows) / len(self.rows)
+        """Share of answers that pass all their row's tests, 0 to 1."""
+        values = self.values()
+        return sum(values) / len(values)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of `pass_at_1` from the number of rows alone."""
-        return wilson(sum(r["passed"] for r in self.rows), len(self.rows))
+        """95 % interval of `pass_at_1` from the rows alone."""
+        return self.pass_at(1).low, self.pass_at(1).high
 
     @property
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """kind → (passed, rows), worst first."""
+        """kind → (passed, rows), worst first; of the first samples."""
         count: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for r in self.rows:
             count[r["kind"]][0] += r["passed"]
@@ -112,16 +74,21 @@ class Report:
         return {k: tuple(v) for k, v in sorted(count.items(), key=lambda kv: (kv[1][0] / kv[1][1], kv[0]))}
 
     def __repr__(self) -> str:
-        low, high = self.interval
-        return (f"Report(pass@1 {100 * self.pass_at_1:.1f} % of {len(self.rows)} rows over {len(self.by_kind)} kinds, "
-                f"95 % interval {100 * low:.1f} to {100 * high:.1f} %)")
+        found = {k: [100 * end for end in self.pass_at(k)] for k in self.k}
+        said = ", ".join(f"pass@{k} {value:.1f} %, 95 % interval {low:.1f} to {high:.1f} %"
+                         for k, (value, low, high) in found.items())
+        several = f", {self.samples} samples a row" if self.samples > 1 else ""
+        return f"Report({said}; {len(self.rows)} rows over {len(self.by_kind)} kinds{several}; run {WHERE[self.where]})"
 
 
 def evaluate(model, tokenizer, data, *, n: int | None = None, seed: int = 0, max_new_tokens: int = 160,
-             seconds: int = 3) -> Report:
-    """pass@1 of `model` on rows with tests: one greedy answer per row, run in a subprocess against the row's tests.
+             seconds: int = 3, samples: int = 1, temperature: float = 0.0, k: Sequence[int] = (1,),
+             progress: bool = False) -> Report:
+    """pass@k of `model` on rows with tests: answers are run against the row's tests, in a sandbox where there is one.
 
-    n: evaluate that many rows drawn with `seed` (all by default).
+    n: evaluate that many rows drawn with `seed` (all by default). samples: answers a row; sample j is generated with
+    the seed `seed + j`. temperature: 0 is greedy, and then one sample is all there is. k: what `Report` prints, each at
+    most `samples`. seconds: what a program may take. Raises ValueError for no rows and for settings that do not fit.
     """
     from pefttools.lab.data import prompt_of
 
@@ -129,10 +96,33 @@ def evaluate(model, tokenizer, data, *, n: int | None = None, seed: int = 0, max
     rows = list(data)
     if not rows or (n is not None and n < 1):
         raise ValueError("there are no rows to evaluate" if not rows else f"n must be at least 1, got {n}")
+    k = tuple(k)
+    check_sampling(samples, temperature, k)
     if n is not None and n < len(rows):
         pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n].tolist()
         rows = [rows[i] for i in sorted(pick)]
-    answers = generate(model, tokenizer, [prompt_of(r) for r in rows], max_new_tokens)
-    results = run_programs([(code_of(a), r["tests"]) for a, r in zip(answers, rows)], seconds)
-    return Report([{"instruction": r["instruction"], "input": r["input"], "kind": r["kind"], "answer": a, **result}
-                   for r, a, result in zip(rows, answers, results)], time.perf_counter() - began)
+    if missing := [r for r in rows if not r.get("tests")]:
+        raise ValueError(f"{len(missing)} of {len(rows)} rows have no tests: pass@k needs a list `tests` in each row")
+    prompts = [prompt_of(r) for r in rows]
+    answers = [generate(model, tokenizer, prompts, max_new_tokens)] if temperature == 0 else [
+        generate(model, tokenizer, prompts, max_new_tokens, temperature=temperature, seed=seed + j)
+        for j in range(samples)]
+    jobs = [(code_of(a), tuple(r["tests"])) for drawn in answers for a, r in zip(drawn, rows)]
+    once = list(dict.fromkeys(jobs))  # a sure model writes the same program many times
+    ran = run_programs(once, seconds, progress=progress)
+    result = dict(zip(once, ran))
+    done = [{**result[job], "answer": a} for job, a in zip(jobs, (a for drawn in answers for a in drawn))]
+    found = [{"instruction": r["instruction"], "input": r["input"], "kind": r["kind"], **done[i],
+              "samples": done[i::len(rows)]} for i, r in enumerate(rows)]
+    return Report(found, time.perf_counter() - began, ran.where, k)
+
+
+def check_sampling(samples: int, temperature: float, k: Sequence[int]) -> None:
+    """Raises ValueError where these do not go together."""
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if samples > 1 and temperature == 0:
+        raise ValueError(f"samples={samples} with temperature=0 would be the same answer {samples} times: set a "
+                         "temperature above 0, such as 0.8")
+    if wrong := [each for each in k if not 1 <= each <= samples]:
+        raise ValueError(f"k={wrong[0]} needs at least that many samples of each row; samples={samples}")

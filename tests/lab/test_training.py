@@ -97,11 +97,11 @@ def test_killed_run_resumes(tiny, tmp_path):
         kill_at, folder = int(sys.argv[1]), sys.argv[2]
         if kill_at:
             real = t.keep
-            def keep(path, run, params, optimizer, history, step):
+            def keep(path, run, params, optimizer, history, step, more):
                 if step == kill_at:
                     path.with_suffix(".part").write_bytes(b"half a file")
                     os.kill(os.getpid(), 9)
-                real(path, run, params, optimizer, history, step)
+                real(path, run, params, optimizer, history, step, more)
             t.keep = keep
         train(base.model, rows, base.tokenizer, steps=6, lr=1e-3, batch_size=4, progress=False, folder=folder, save_every=2)
         print(sum(p.double().sum().item() for p in base.model.parameters()))
