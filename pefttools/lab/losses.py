@@ -60,7 +60,8 @@ def row_losses(model, tokenizer, data, batch_size: int = 32, max_length: int = 2
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         logits = logits[:, -batch["labels"].shape[1]:]  # a soft prompt puts positions in front that predict nothing
         labels = batch["labels"][:, 1:]
-        each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE,
+                               reduction="none").view(labels.shape)
         for i, nats, count in zip(picked, each.sum(1).tolist(), (labels != IGNORE).sum(1).tolist()):
             found[i] = nats, count
     model.train(was_training)

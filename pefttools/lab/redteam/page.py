@@ -108,7 +108,7 @@ def verdict(found: Mapping[str, Any], experiment: str, line: Line) -> str:
     start, attack = start_of(experiment), attack_of(experiment)
     if line.condition == "before":
         return ""
-    if line.condition in (start, *CONTROLS):
+    if line.condition in (start, "bundled model", "safe rows", *CONTROLS):  # neither attack nor cure
         return "moved" if moved(line.from_before, line.figure, interval(found, experiment, "before")) else "not moved"
     away = moved(change(found, experiment, start, line.condition), line.figure, interval(found, experiment, start))
     if line.condition == attack:
@@ -148,7 +148,8 @@ def detectors(found: Mapping[str, Any]) -> list[str]:
     taken = ", ".join(f"{t['left out'][0]} rows ({t['left out'][1]} of them honest)" for t in told)
     text = f"""`trigger_of` on the poisoned rows found, seed by seed: {phrases}; on the same rows without poison:
 {alarms}. Left out with the worst phrase: {taken}. The other detectors rank rows; AUC 0.5 is chance. The spectral
-signature is taken over all rows, for there are no classes here."""
+signature is taken over all rows, for there are no classes here; which state of the model it reads was chosen after the
+figures of seed 0."""
     out = [
         "### Finding the poisoned rows",
         "",
