@@ -284,15 +284,20 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 from pefttools.grading import exercises
-print(len(exercises.chapters()), sum(len(task.cases(1)) > 0 for task in exercises.tasks()))
+met = [task for task in exercises.tasks() if task.accepts != "artefact"]
+print(len(exercises.chapters()), sum(len(task.cases(1)) > 0 for task in met))
 """
 
 
 def test_modules_import_with_torch_alone():
-    """The grading sandbox imports them where neither peft nor the chapters' own references exist."""
+    """A check in a notebook needs no more, and nothing here leans on what a chapter hides.
+
+    An artefact's cases are left out: they are drawn, and its files opened, only where no student's code runs.
+    """
     run = subprocess.run([sys.executable, "-c", BLOCKER], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(len(registry._loaded)), str(len(TASKS))]
+    met = [task for task in TASKS if task.accepts != "artefact"]
+    assert run.stdout.split() == [str(len(registry._loaded)), str(len(met))] and len(met) > 80
 
 
 def test_the_table_of_exercises():
