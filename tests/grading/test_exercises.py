@@ -279,25 +279,24 @@ class Blocker:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
         if top in ("peft", "transformers", "bitsandbytes", "datasets", "safetensors", "ipywidgets", "matplotlib") \\
-                or name.startswith(("pefttools.lora", "pefttools.inject", "pefttools.checkpoint", "pefttools.lab")):
+                or name.startswith(("pefttools.lora", "pefttools.inject", "pefttools.checkpoint", "pefttools.lab.")) \\
+                and not name.startswith("pefttools.lab.tasks"):
             raise ImportError(f"{name} is not to be had here")
 
 sys.meta_path.insert(0, Blocker())
 from pefttools.grading import exercises
-met = [task for task in exercises.tasks() if task.accepts != "artefact"]
-print(len(exercises.chapters()), sum(len(task.cases(1)) > 0 for task in met))
+print(len(exercises.chapters()), sum(len(task.cases(1)) > 0 for task in exercises.tasks()))
 """
 
 
 def test_modules_import_with_torch_alone():
     """A check in a notebook needs no more, and nothing here leans on what a chapter hides.
 
-    An artefact's cases are left out: they are drawn, and its files opened, only where no student's code runs.
+    What draws rows of the data is there (`lab.tasks`, which needs Python alone): an artefact is judged on fresh ones.
     """
     run = subprocess.run([sys.executable, "-c", BLOCKER], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    met = [task for task in TASKS if task.accepts != "artefact"]
-    assert run.stdout.split() == [str(len(registry._loaded)), str(len(met))] and len(met) > 80
+    assert run.stdout.split() == [str(len(registry._loaded)), str(len(TASKS))]
 
 
 def test_the_table_of_exercises():
