@@ -28,9 +28,8 @@ CHUNK = 1 << 18                  # weights at a time: 1 MiB of float32. A multip
 def in_chunks(kernel: Any, *tensors: Tensor) -> None:
     """kernel(*rows, scratch) for all rows of the tensors, a chunk at a time, in one stretch for each thread."""
     blocks, size = tensors[0].shape
-    rows = max(1, kernel.chunk(tensors[0], CHUNK) // size)
-    own = getattr(kernel, "own_threads", False) and rows >= blocks      # it has threads of its own, and needs no chunks
-    threads = 1 if own else min(torch.get_num_threads(), 2 * blocks * size // CHUNK) or 1
+    rows = max(1, CHUNK // size)
+    threads = min(torch.get_num_threads(), 2 * blocks * size // CHUNK) or 1
     stretch = math.ceil(blocks / threads)
 
     def work(start: int) -> None:

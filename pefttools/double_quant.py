@@ -48,7 +48,7 @@ def quantize_8bit(x: Tensor, block_size: int = NESTED_BLOCK, nearest: bool = Fal
     if nearest:
         codes = torch.bucketize(s, midpoints(dynamic_map(x.device))).to(torch.uint8)
     else:
-        codes = _level_of_bin(x.device)[((s + 1) * 0.5 * (_BINS - 1) + 0.5).long()]
+        codes = level_of_bin(x.device)[((s + 1) * 0.5 * (_BINS - 1) + 0.5).long()]
     codes[absmax == 0] = 0
     return codes.view(-1)[:n].clone(), absmax
 
@@ -72,7 +72,7 @@ def dynamic_map(device: torch.device = torch.device("cpu")) -> Tensor:
 
 
 @functools.cache
-def _level_of_bin(device: torch.device) -> Tensor:
+def level_of_bin(device: torch.device) -> Tensor:
     """uint8 [65536]: the level nearest to -1 + 2i/65535, as bitsandbytes' CPU kernel tabulates it."""
     points = -1.0 + 2.0 * torch.arange(_BINS, dtype=torch.float32, device="cpu") / (_BINS - 1)
     return torch.bucketize(points, midpoints(dynamic_codebook())).to(torch.uint8).to(device)

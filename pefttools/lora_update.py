@@ -78,13 +78,14 @@ class _Update(torch.autograd.Function):
     def forward(ctx: FunctionCtx, result: Tensor | None, x: Tensor, weight: Tensor | NF4Tensor | None, bias: Tensor | None,
                 A: Tensor, B: Tensor, scale: float) -> Tensor:
         q = weight if isinstance(weight, NF4Tensor) else None
-        multiply = F.linear if q is None else nf4_linear
-        y = multiply(x, weight, bias).contiguous() if result is None else \
-            result.clone(memory_format=torch.contiguous_format)
+        if result is None:
+            y = (F.linear if q is None else nf4_linear)(x, weight, bias).contiguous()
+        else:
+            y = result.clone(memory_format=torch.contiguous_format)
         # Times a power of two rounds nothing, so that it does not matter to the bits when it is done.
         exact = math.frexp(scale)[0] in (0.5, -0.5) and A.dtype in (torch.float32, torch.float64)
         z, dtype = [], torch.promote_types(y.dtype, A.dtype)
-        for some_x, some_y in _pieces(x.reshape(-1, A.shape[1]), y.view(-1, B.shape[0])):
+        for some_x, some_y in _pieces(_rows(x), _rows(y)):
             z.append(F.linear(some_x.to(A.dtype), A))                        # [rows, r]
             total = some_y.to(dtype)
             if exact and dtype == A.dtype:
@@ -93,7 +94,7 @@ class _Update(torch.autograd.Function):
                 total.add_((z[-1] @ B.t()).mul_(scale))
             if dtype != y.dtype:
                 some_y.copy_(total)
-        ctx.save_for_backward(x, weight if q is None else None, A, B, _joined(z))
+        ctx.save_for_backward(x, weight if q is None else None, A, B, z[0] if len(z) == 1 else torch.cat(z))
         ctx.scale, ctx.q = scale, q
         return y
 
@@ -101,7 +102,7 @@ class _Update(torch.autograd.Function):
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, z = ctx.saved_tensors
         wants_result, wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
-        rows, g_rows = x.reshape(-1, A.shape[1]), g.reshape(-1, B.shape[0])
+        rows, g_rows = _rows(x), _rows(g)
         if torch.is_grad_enabled():                     # to be differentiated again: z is a function of x and A
             z = rows.to(A.dtype) @ A.t()
         dx = rows                                       # or, where it is wanted, what is added to below:
@@ -109,18 +110,31 @@ class _Update(torch.autograd.Function):
             dx = nf4_linear_back(g_rows, ctx.q) if ctx.q is not None else torch.zeros_like(rows) if weight is None \
                 else g_rows @ weight
         dA = dB = None
-        scaled = (B * ctx.scale).t()                    # [r, d_out]
+        scaled = _times(B, ctx.scale).t()               # [r, d_out]
         for some_x, some_g, some_z, some_dx in _pieces(rows, g_rows, z, dx):
             some_g = some_g.to(A.dtype)
-            zeta = scaled @ some_g.t() if wants_x or wants_A else None       # [r, rows]
+            if wants_x or wants_A:
+                zeta = scaled @ some_g.t()                                   # [r, rows]
             if wants_x:
                 _add_product(some_dx, zeta.t(), A)
             if wants_A:
                 dA = _add_product(dA, zeta, some_x.to(A.dtype))
             if wants_B:
                 dB = _add_product(dB, some_z.t(), some_g)
-        return (g if wants_result else None, dx.view(x.shape) if wants_x else None, None, None, dA,
-                (dB * ctx.scale).t() if wants_B else None, None)
+        if wants_x and x.dim() != 2:
+            dx = dx.view(x.shape)
+        return (g if wants_result else None, dx if wants_x else None, None, None, dA,
+                _times(dB, ctx.scale).t() if wants_B else None, None)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[..., d] → [rows, d]."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _times(t: Tensor, scale: float) -> Tensor:
+    """t · scale; with α = r, peft's default, nothing is to be done."""
+    return t if scale == 1 else t * scale
 
 
 def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -132,10 +146,6 @@ def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     numbers, room = x.shape[0] * max(x.shape[1], y.shape[1]), PIECE * torch.get_num_threads()
     count = math.ceil(numbers / room) if x.device.type == "cpu" else 1
     return list(zip(*[t.tensor_split(count) for t in tensors])) if count > 1 else [tensors]
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

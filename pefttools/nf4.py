@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from pefttools import chunks, nf4_compiled, nf4_kernels, nf4_state
 from pefttools.blockwise import nearest_codes, pack, unpack
 from pefttools.codebook import FP4_CODE, NF4_CODE, nf4_codebook
-from pefttools.double_quant import dequantize_8bit, dynamic_map, quantize_8bit
+from pefttools.double_quant import dequantize_8bit, dynamic_map, level_of_bin, quantize_8bit
 
 __all__ = ["BLOCK_SIZES", "FP4_CODE", "NF4_CODE", "NF4Tensor", "dequantize_nf4", "nearest_codes", "nf4_codebook",
            "pack", "quantize_4bit", "quantize_nf4", "unpack"]
@@ -49,9 +49,9 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = False,
     """w of any shape, float32, float16 or bfloat16 → NF4Tensor. Blocks run through the flattened w; the last may be
     short.
 
-    compiled: with the C kernels of `pefttools.nf4_compiled` (needs a compiler; the same bits); None: as
-    `nf4_compiled.use` says, which is no unless asked. Raises TypeError for another dtype, ValueError for another block
-    size than `BLOCK_SIZES` and for NaN or infinite entries, naming the first; RuntimeError without a compiler.
+    compiled: with the C kernels of `pefttools.nf4_compiled` (the same bits; RuntimeError without a compiler), or with
+    eager torch; None: whichever is sooner done, as described there. Raises TypeError for another dtype, ValueError for
+    another block size than `BLOCK_SIZES` and for NaN or infinite entries, naming the first.
     """
     return quantize_4bit(w, "nf4", block_size, double_quant, compiled)
 
@@ -66,8 +66,9 @@ def quantize_4bit(w: Tensor, quant_type: str | Tensor = "nf4", block_size: int =
         raise TypeError(f"w must be float32, float16 or bfloat16; got {w.dtype}. Convert it first: w.float().")
     _check_block_size(block_size)
     flat, code = w.detach().reshape(-1), code.detach().float().to(w.device)
+    compiled = _plain(flat) and _compiled(compiled, flat.numel())
     if _plain(flat):
-        packed, absmax = nf4_kernels.encode(flat, code, block_size, _compiled(compiled))
+        packed, absmax = nf4_kernels.encode(flat, code, block_size, compiled)
     else:
         codes, absmax = nearest_codes(flat, code, block_size)
         zero = int(nearest_codes(flat.new_zeros(1), code)[0])   # fills up an odd number of codes
@@ -76,7 +77,7 @@ def quantize_4bit(w: Tensor, quant_type: str | Tensor = "nf4", block_size: int =
         raise ValueError(_where(w))
     q = NF4Tensor(packed.unsqueeze(-1), absmax, code.clone(), w.shape, w.dtype, block_size,
                   quant_type if isinstance(quant_type, str) else "custom")
-    return _nested(q) if double_quant else q
+    return _nested(q, compiled) if double_quant else q
 
 
 def dequantize_nf4(q: NF4Tensor, out: Tensor | None = None, compiled: bool | None = None) -> Tensor:
@@ -148,7 +149,6 @@ class NF4Tensor:
             return self.absmax.float()
         return dequantize_8bit(self.absmax, self.nested_absmax, self.nested_code).add_(self.offset)
 
-    @torch.no_grad()
     def dequantize(self, out: Tensor | None = None, dtype: torch.dtype | None = None,
                    compiled: bool | None = None) -> Tensor:
         """code · absmax in float32, rounded once to `dtype` (default: that of the original) or to that of `out`.
@@ -163,13 +163,21 @@ class NF4Tensor:
               or dtype not in (None, out.dtype)):
             raise ValueError(f"out must be contiguous, {list(self.shape)}, of a floating-point dtype; got {out.dtype} "
                              f"{list(out.shape)} with strides {out.stride()}.")
-        packed, scales = self.packed.detach().reshape(-1).contiguous(), self.scales().contiguous()
-        flat = out.detach().view(-1)
-        if _plain(packed) and _plain(flat):
-            nf4_kernels.decode(packed, scales, self.code, self.block_size, flat, _compiled(compiled))
+        if _plain(self.packed) and _plain(out):
+            if _compiled(compiled, out.numel()):
+                target = out if out.dtype in nf4_compiled.NATIVE else torch.empty_like(out, dtype=torch.float32)
+                nf4_compiled.decode(self, target)
+                if target is not out:
+                    out.detach().copy_(target)
+                elif not out.is_inference():                    # C wrote behind autograd's back
+                    torch.autograd.graph.increment_version(out)
+            else:
+                packed, flat = self.packed.detach().reshape(-1), out.detach().view(-1)
+                nf4_kernels.decode(packed, self.scales(), self.code, self.block_size, flat)
         else:
-            n = flat.numel()
-            flat.copy_(self.code[unpack(packed)[:n].int()] * scales.repeat_interleave(self.block_size)[:n])
+            n = out.numel()
+            codes = unpack(self.packed.detach().reshape(-1))[:n].int()
+            out.detach().view(-1).copy_(self.code[codes] * self.scales().repeat_interleave(self.block_size)[:n])
         return out
 
     def to(self, device: torch.device | str) -> NF4Tensor:
@@ -188,11 +196,12 @@ class NF4Tensor:
 
 # ------------------------------------------------------------------------------------------------ helpers
 
-def _nested(q: NF4Tensor) -> NF4Tensor:
+def _nested(q: NF4Tensor, compiled: bool) -> NF4Tensor:
     offset = q.absmax.mean() if len(q.absmax) else q.absmax.new_zeros(())
     if not offset.isfinite():
         raise ValueError("double_quant: the mean of the absmaxes is beyond float32. Use double_quant=False.")
-    codes, nested_absmax = quantize_8bit(q.absmax - offset)
+    codes, nested_absmax = nf4_compiled.encode_nested(q.absmax, offset, level_of_bin(q.absmax.device)) if compiled \
+        else quantize_8bit(q.absmax - offset)
     return replace(q, absmax=codes, nested_absmax=nested_absmax, nested_code=dynamic_map(codes.device).clone(),
                    offset=offset)
 
@@ -207,8 +216,8 @@ def _plain(t: Tensor) -> bool:
     return t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
 
 
-def _compiled(asked: bool | None) -> bool:
-    return nf4_compiled.in_use() if asked is None else asked
+def _compiled(asked: bool | None, weights: int) -> bool:
+    return nf4_compiled.wanted(weights) if asked is None else asked
 
 
 def _where(w: Tensor) -> str:

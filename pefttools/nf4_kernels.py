@@ -43,9 +43,12 @@ def encode(w: Tensor, code: Tensor, block_size: int, compiled: bool = False) -> 
     n, full = w.numel(), w.numel() - w.numel() % block_size
     packed, absmax = new((n + 1) // 2, torch.uint8), new(math.ceil(n / block_size))
     bounds, order, table = _tables(tuple(code.tolist()))
-    kernel = nf4_compiled.Encoder(bounds, order) if compiled else _Encoder(bounds, order, table)
-    in_chunks(kernel, w[:full].view(-1, block_size), packed[:full // 2].view(-1, block_size // 2),
-               absmax[:full // block_size].unsqueeze(-1))
+    blocks = (w[:full].view(-1, block_size), packed[:full // 2].view(-1, block_size // 2),
+              absmax[:full // block_size].unsqueeze(-1))
+    if compiled:
+        nf4_compiled.encode(*blocks, bounds, order)
+    else:
+        in_chunks(_Encoder(bounds, order, table), *blocks)
     if full < n:                             # a block that is not full: bitsandbytes divides, and its absmax is ≥ 1e-38
         x = w[full:].float()
         absmax[-1] = x.abs().max().clamp(min=_SMALLEST)
@@ -59,10 +62,6 @@ class _Encoder:
 
     def __init__(self, bounds: Tensor, order: Tensor, table: Tensor) -> None:
         self.bounds, self.order, self.table, self.half = bounds, order, table, new(()).fill_(_BINS / 2)
-
-    @staticmethod
-    def chunk(w: Tensor, otherwise: int) -> int:
-        return otherwise
 
     def scratch(self, w: Tensor, packed: Tensor, absmax: Tensor) -> tuple[Tensor, ...]:
         return (new(w.shape), new(w.shape), new(w.shape, torch.int32), new(w.numel(), torch.uint8),
@@ -103,12 +102,10 @@ def _tables(code: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ decode
 
 @torch.no_grad()
-def decode(packed: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: Tensor,
-           compiled: bool = False) -> Tensor:
+def decode(packed: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: Tensor) -> Tensor:
     """packed uint8 [ceil(n/2)], absmax float32 [ceil(n/block_size)] → out [n]: code · absmax, rounded once."""
     n, full = out.numel(), out.numel() - out.numel() % block_size
-    kernel = (nf4_compiled.Decoder if compiled else _Decoder)(code)
-    in_chunks(kernel, out[:full].view(-1, block_size), packed[:full // 2].view(-1, block_size // 2),
+    in_chunks(_Decoder(code), out[:full].view(-1, block_size), packed[:full // 2].view(-1, block_size // 2),
                absmax[:full // block_size].unsqueeze(-1))
     if full < n:
         tail = packed[full // 2:]
@@ -121,10 +118,6 @@ class _Decoder:
 
     def __init__(self, code: Tensor) -> None:
         self.table = _pairs(tuple(code.tolist()))
-
-    @staticmethod
-    def chunk(out: Tensor, otherwise: int) -> int:
-        return otherwise
 
     def scratch(self, out: Tensor, packed: Tensor, absmax: Tensor) -> tuple[Tensor, ...]:
         pairs = new(packed.numel() if out.dtype != torch.float32 else 0, torch.float64)

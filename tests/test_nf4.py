@@ -434,7 +434,7 @@ def test_torchs_defaults_do_not_matter():
     w = weights(700, 1001)
     expected = quantize_nf4(w, double_quant=True)
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "meta")):
-        for cached in (nf4_kernels._tables, nf4_kernels._pairs, double_quant.dynamic_map, double_quant._level_of_bin):
+        for cached in (nf4_kernels._tables, nf4_kernels._pairs, double_quant.dynamic_map, double_quant.level_of_bin):
             cached.cache_clear()
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

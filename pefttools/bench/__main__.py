@@ -114,6 +114,7 @@ def run_here(name: str, threads: int, quick: bool, result: Path) -> None:
         torch.set_num_threads(threads)
     # it tells, on import, of an optional package that it looked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _compiled()
     rows = []
     with watched() as seen:
         for row in GROUPS[name].rows(quick):
@@ -125,6 +126,16 @@ def run_here(name: str, threads: int, quick: bool, result: Path) -> None:
     loaded = [module for module in sys.modules if module.startswith("pefttools.")]
     files = sources(None if GROUPS[name].children else loaded)
     save(result, json.dumps({"rows": rows, "files": files, **seen}, ensure_ascii=False))
+
+
+def _compiled() -> None:
+    """Build the NF4 kernels now, where the machine can, instead of when they have become worth it: amid a round."""
+    from pefttools import nf4_compiled
+
+    try:
+        nf4_compiled.use()
+    except RuntimeError as error:
+        print(f"    eager NF4 kernels: {error}", flush=True)
 
 
 def save(path: Path, text: str) -> None:

@@ -33,16 +33,19 @@ nothing: the floor."""
 GROUPS = {group.name: group for group in (
     Group("quantize", "NF4: quantize", "quantization:quantize_rows",
           """Against `bitsandbytes.functional.quantize_4bit`, blocks of 64. Codes and scales were equal byte for byte
-in the same run, or there is no figure. “Compiled” is opt-in: its first call compiles, which is not in the time."""),
+in the same run, or there is no figure. “Compiled” is C, which the library builds by itself, in half a second that is
+not in these times, once a process has quantized some 67 million weights and there is a compiler."""),
     Group("dequantize", "NF4: dequantize", "quantization:dequantize_rows",
           """Against `bitsandbytes.functional.dequantize_4bit`, which always makes a new tensor; ours can also write
-into one that is there. The distance to a memory copy: `clone` makes a new tensor, `copy_` fills an old one, of the
+into one that is there. “Ours” is what a call without further arguments does on a machine with a C compiler, once the
+kernels are built; “eager” is what it does without one, and has no bound. The distance to a memory copy: `clone` makes a new tensor, `copy_` fills an old one, of the
 dequantized size. The dequantized weights were equal bit for bit in the same run."""),
     Group("lora", "A LoRA layer", "layers:rows", f"Against peft's LoRA linear. {LAYER}", arguments=("lora",)),
     Group("dora", "A DoRA layer", "layers:rows", f"Against peft's DoRA linear. {LAYER}", arguments=("dora",)),
     Group("qlora", "A QLoRA layer", "layers:rows",
           f"""Against peft's LoRA on bitsandbytes' `Linear4bit` (NF4, double quantization, its CPU faults worked
-around). {LAYER}""", arguments=("qlora",)),
+around). “Ours, eager” is without the NF4 kernels in C, as on a machine that has no compiler. {LAYER}""",
+          arguments=("qlora",)),
     Group("step", "A training step of the bundled model", "step:rows",
           """8 rows of 128 tokens, float32: forward, backward, AdamW; adapters of rank 16 on every linear layer.
 “full” is full fine-tuning. Peak memory is what a step allocates at most over what lay there before, by allocation
@@ -55,8 +58,8 @@ out. Attention is torch's flash kernel for CPUs, which saves q, k, v, the output
 CUDA's math kernel would add a T × T matrix a head.""", threads=(1,)),
     Group("one_billion", "A model of Llama-3.2-1B's shape, one QLoRA step", "one_billion_rows:rows",
           """Random weights, quantized to NF4 with double quantization, then one step of batch 1 × 128 with LoRA on
-every linear layer. Each run is a process of its own; the ways take turns in rounds. Seconds: quantizing and the first
-step together. Peak memory is the operating system's figure for the whole process, imports and all.""", threads=(2, 4),
+every linear layer. Each run is a process of its own; the ways take turns in rounds. Seconds: quantizing, the build of
+the NF4 kernels within it, and the first step together. Peak memory is the operating system's figure for the whole process, imports and all.""", threads=(2, 4),
           children=True),
     Group("imports", "Imports", "imports:rows",
           """New Python processes in rounds of random order, files in the system's cache. A header is the imports of a

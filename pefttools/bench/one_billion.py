@@ -33,18 +33,18 @@ LIBRARIES = ("pefttools", "bitsandbytes")
 
 
 def run(library: str = "pefttools", tokens: int = 128, batch: int = 1, steps: int = 1, r: int = 16,
-        compiled: bool = False, shape: dict[str, Any] | None = None) -> dict[str, Any]:
+        eager: bool = False, shape: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything, in this process: → seconds, bytes, parameters, losses. `shape` changes entries of `LLAMA_1B`.
 
-    compiled: pefttools' codes by its C kernels (the compiler's time is in quantize_s). Raises ValueError for another
-    library than "pefttools" and "bitsandbytes".
+    eager: pefttools without its C kernels; else it builds them amid quantize_s. Raises ValueError for another library
+    than "pefttools" and "bitsandbytes".
     """
     if library not in LIBRARIES:
         raise ValueError(f"library must be one of {LIBRARIES}; got {library!r}.")
     import torch
     import transformers
 
-    quantize, adapt = _ours(compiled) if library == "pefttools" else _theirs()
+    quantize, adapt = _ours(eager) if library == "pefttools" else _theirs()
     seconds = dict.fromkeys(("build_s", "quantize_s", "attach_s"), 0.0)
     clock = _Clock(seconds)
 
@@ -79,7 +79,7 @@ def run(library: str = "pefttools", tokens: int = 128, batch: int = 1, steps: in
         optimizer.zero_grad()
         times.append(round(time.perf_counter() - start, 3))
         losses.append(loss.item())
-    return {"library": library, "compiled": compiled, "threads": torch.get_num_threads(), "batch": batch,
+    return {"library": library, "eager": eager, "threads": torch.get_num_threads(), "batch": batch,
             "tokens": tokens, "parameters": parameters, "trained": sum(p.numel() for p in trained),
             **{key: round(value, 3) for key, value in seconds.items()}, "step_s": times[0], "steps_s": times,
             "total_s": round(seconds["quantize_s"] + times[0], 3), "rss_before_step_gb": round(before / 1e9, 3),
@@ -88,15 +88,15 @@ def run(library: str = "pefttools", tokens: int = 128, batch: int = 1, steps: in
 
 # ------------------------------------------------------------------------------------------------ the two libraries
 
-def _ours(compiled: bool) -> tuple:
+def _ours(eager: bool) -> tuple:
     from pefttools import nf4_compiled
     from pefttools.inject import attach
     from pefttools.lora import LoRAConfig
     from pefttools.qlora import quantize_model
 
     def quantize(layer: Any) -> None:
-        if compiled:
-            nf4_compiled.use()
+        if eager:
+            nf4_compiled.use(False)
         quantize_model(layer, double_quant=True, progress=False)
 
     return quantize, lambda model, r: attach(model, LoRAConfig(r=r, alpha=2 * r, target_modules=TARGETS))
@@ -181,14 +181,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--with", dest="library", choices=LIBRARIES, default=LIBRARIES[0])
     for name, value in (("tokens", 128), ("batch", 1), ("steps", 1), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--compiled", action="store_true", help="pefttools' codes by its C kernels")
+    parser.add_argument("--eager", action="store_true", help="pefttools without its C kernels")
     parser.add_argument("--shape", type=json.loads, default={}, metavar="JSON", help='such as {"num_hidden_layers": 2}')
     given = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
 
     torch.set_num_threads(given.threads)
-    print(json.dumps(run(given.library, given.tokens, given.batch, given.steps, compiled=given.compiled,
+    print(json.dumps(run(given.library, given.tokens, given.batch, given.steps, eager=given.eager,
                          shape=given.shape)))
 
 

@@ -43,87 +43,57 @@ def check_identical(ours: Any, packed: Tensor, state: Any) -> None:
 def quantize_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
     """The group "quantize": eager and compiled, plain and with double quantization."""
     eager = EAGER if torch.get_num_threads() == 1 else None      # the issue's bound is for one thread
+    for row, w, double in _cases(quick):
+        for what, compiled, bound in (("ours, eager", False, eager), ("ours, compiled", True, COMPILED)):
+            yield attempt({"row": row, "what": f"{what} × as fast as bitsandbytes", "unit": "×", "sense": "≥",
+                           "bound": bound}, lambda: _quantize(row, w, double, what, compiled, bound, quick))
+
+
+def _cases(quick: bool) -> Iterator[tuple[str, Tensor, bool]]:
     for d_out, d_in in SHAPES[1:2] if quick else SHAPES:
         for dtype in DTYPES:
-            w = weight(d_out, d_in, dtype)
             for double in (False, True):
-                row = f"{d_in}→{d_out} {name_of(dtype)}{', double quantization' if double else ''}"
+                yield (f"{d_in}→{d_out} {name_of(dtype)}{', double quantization' if double else ''}",
+                       weight(d_out, d_in, dtype), double)
 
-                def measure() -> dict[str, Any]:
-                    from pefttools.nf4 import quantize_nf4
 
-                    reference = theirs(w, double)
-                    ways: dict[str, Callable[[], Any]] = {
-                        "ours": lambda: quantize_nf4(w, double_quant=double), "bitsandbytes": lambda: theirs(w, double)}
-                    check_identical(ways["ours"](), *reference)
-                    times = interleave(ways, QUICK if quick else FULL)
-                    return compare(row, times, "ours", "bitsandbytes", eager, faster=True)
+def _quantize(row: str, w: Tensor, double: bool, what: str, compiled: bool, bound: float | None,
+              quick: bool) -> dict[str, Any]:
+    from pefttools.nf4 import quantize_nf4
 
-                def measure_compiled() -> dict[str, Any]:
-                    from pefttools.nf4 import quantize_nf4
-
-                    ways = {"ours, compiled": lambda: quantize_nf4(w, double_quant=double, compiled=True),
-                            "bitsandbytes": lambda: theirs(w, double)}
-                    check_identical(ways["ours, compiled"](), *theirs(w, double))
-                    times = interleave(ways, QUICK if quick else FULL)
-                    return compare(row, times, "ours, compiled", "bitsandbytes", COMPILED, faster=True)
-
-                empty = {"row": row, "unit": "×", "sense": "≥"}
-                yield attempt({**empty, "what": "ours × as fast as bitsandbytes", "bound": eager}, measure)
-                yield attempt({**empty, "what": "ours, compiled × as fast as bitsandbytes", "bound": COMPILED},
-                              measure_compiled)
+    ways: dict[str, Callable[[], Any]] = {
+        what: lambda: quantize_nf4(w, double_quant=double, compiled=compiled), "bitsandbytes": lambda: theirs(w, double)}
+    check_identical(ways[what](), *theirs(w, double))
+    return compare(row, interleave(ways, QUICK if quick else FULL), what, "bitsandbytes", bound, faster=True)
 
 
 def dequantize_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
-    """The group "dequantize": into a new tensor and into a reused one; beside them a memory copy."""
-    for d_out, d_in in SHAPES[1:2] if quick else SHAPES:
-        for dtype in DTYPES:
-            for double in (False, True):
-                row = f"{d_in}→{d_out} {name_of(dtype)}{', double quantization' if double else ''}"
-                found: list[dict[str, Any]] = []
-                yield attempt({"row": row, "what": "ours × as fast as bitsandbytes", "unit": "×", "sense": "≥",
-                               "bound": 1.0}, lambda: _dequantize(row, d_out, d_in, dtype, double, quick, found))
-                yield from found
+    """The group "dequantize": into a new tensor and into a reused one, compiled and eager; beside them a memory copy."""
+    for row, w, double in _cases(quick):
+        found: list[dict[str, Any]] = []
+        yield attempt({"row": row, "what": "ours × as fast as bitsandbytes", "unit": "×", "sense": "≥", "bound": 1.0},
+                      lambda: _dequantize(row, w, double, quick, found))
+        yield from found
 
 
-def _dequantize(row: str, d_out: int, d_in: int, dtype: torch.dtype, double: bool, quick: bool,
-                found: list[dict[str, Any]]) -> dict[str, Any]:
+def _dequantize(row: str, w: Tensor, double: bool, quick: bool, found: list[dict[str, Any]]) -> dict[str, Any]:
     from bitsandbytes.functional import dequantize_4bit
 
     from pefttools.nf4 import dequantize_nf4, quantize_nf4
 
-    w = weight(d_out, d_in, dtype)
     packed, state = theirs(w, double)
     q = quantize_nf4(w, double_quant=double)
     check_identical(q, packed, state)
-    buffer = torch.empty_like(w)
-    if not torch.equal(dequantize_nf4(q), dequantize_4bit(packed, state)):
+    buffer, expected = torch.empty_like(w), dequantize_4bit(packed, state)
+    if not all(torch.equal(dequantize_nf4(q, compiled=compiled), expected) for compiled in (None, False)):
         raise ValueError("the dequantized weight is not bitsandbytes' bit for bit, so the times are not compared")
-    ways: dict[str, Callable[[], Any]] = {
+    times: Times = interleave({
         "ours": lambda: dequantize_nf4(q), "ours, reused buffer": lambda: dequantize_nf4(q, out=buffer),
+        "ours, eager": lambda: dequantize_nf4(q, compiled=False),
         "bitsandbytes": lambda: dequantize_4bit(packed, state),
-        "copy_": lambda: buffer.copy_(w), "clone": w.clone}
-    times: Times = interleave(ways, QUICK if quick else FULL)
-    compiled = attempt({"row": row, "what": "ours, compiled × as fast as bitsandbytes", "unit": "×", "sense": "≥",
-                        "bound": 1.0}, lambda: _dequantize_compiled(row, q, packed, state, buffer, quick))
+        "copy_": lambda: buffer.copy_(w), "clone": w.clone}, QUICK if quick else FULL)
     to_copy = {f"{name} / {copy}": times.ratio(name, copy).median
                for name, copy in (("ours", "clone"), ("ours, reused buffer", "copy_"), ("bitsandbytes", "clone"))}
-    found += [compare(row, times, "ours, reused buffer", "bitsandbytes", 1.0, faster=True, beside=to_copy), compiled]
+    found += [compare(row, times, "ours, reused buffer", "bitsandbytes", 1.0, faster=True, beside=to_copy),
+              compare(row, times, "ours, eager", "bitsandbytes", None, faster=True)]
     return compare(row, times, "ours", "bitsandbytes", 1.0, faster=True, beside=to_copy)
-
-
-def _dequantize_compiled(row: str, q: Any, packed: Tensor, state: Any, buffer: Tensor, quick: bool) -> dict[str, Any]:
-    from bitsandbytes.functional import dequantize_4bit
-
-    from pefttools.nf4 import dequantize_nf4
-
-    if not torch.equal(dequantize_nf4(q, compiled=True), dequantize_4bit(packed, state)):
-        raise ValueError("the dequantized weight is not bitsandbytes' bit for bit, so the times are not compared")
-    source = buffer.clone()
-    times = interleave({"ours, compiled": lambda: dequantize_nf4(q, compiled=True),
-                        "ours, compiled, reused buffer": lambda: dequantize_nf4(q, out=buffer, compiled=True),
-                        "bitsandbytes": lambda: dequantize_4bit(packed, state), "clone": source.clone,
-                        "copy_": lambda: buffer.copy_(source)}, QUICK if quick else FULL)
-    beside = {"ours, compiled / clone": times.ratio("ours, compiled", "clone").median,
-              "ours, compiled, reused buffer / copy_": times.ratio("ours, compiled, reused buffer", "copy_").median}
-    return compare(row, times, "ours, compiled", "bitsandbytes", 1.0, faster=True, beside=beside)
