@@ -22,9 +22,7 @@ peft/tuners/tuners_utils.py and peft/peft_model.py.
 """
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -32,6 +30,7 @@ from torch import nn
 
 from pefttools.attached import (Attachment, adapter_layers, adapter_parameters, attached, count_parameters, replace,
                                 set_flags, train_the_active, trainable)
+from pefttools.merging import check_not_tied, disabled, merge, unmerge
 from pefttools.several import delete_adapter, set_adapter
 from pefttools.targets import find_targets
 
@@ -78,7 +77,7 @@ def attach(model: nn.Module, config: AdapterConfig | WholeModelConfig, seed: int
     generator = torch.Generator().manual_seed(seed)
     targets = {} if isinstance(config, WholeModelConfig) else find_targets(model, config, strict)
     if getattr(config, "changes_base", False):
-        _check_not_tied(model, targets, "attach", "the start changes the weight, and with it")
+        check_not_tied(model, targets, "attach", "the start changes the weight, and with it")
     new, extended = {}, []
     try:
         if isinstance(config, WholeModelConfig):
@@ -155,76 +154,3 @@ def detach(model: nn.Module) -> nn.Module:
     set_flags(model, attachment.requires_grad)
     del model._pefttools
     return model
-
-
-# ------------------------------------------------------------------------------------------------ on, off, merged
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """`with disabled(model):` the base model speaks. Afterwards everything is as before, after an exception too.
-
-    Merged layers are unmerged inside the block, and merged again at its end. Raises ValueError without adapters.
-    """
-    layers = [layer for _, layer in _layers_of(model, "disabled")]
-    before = [(layer.enabled, layer.merged) for layer in layers]
-    try:
-        for layer in layers:
-            layer.unmerge()
-            layer.enabled = False
-        yield model
-    finally:
-        for layer, (enabled, merged) in zip(layers, before):
-            layer.enabled = enabled
-            if merged:
-                layer.merge()
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Fold the active adapters into their weights: no cost at inference. Merging twice is merging once; `unmerge` is exact.
-
-    Raises ValueError without adapters, inside `disabled(model)`, and where a weight is tied (merging into an output
-    head that shares its weight with the embedding would change both); and what a layer's `merge` raises. The model is
-    then as it was.
-    """
-    layers = list(_layers_of(model, "merge"))
-    for name, layer in layers:
-        if not layer.enabled:
-            raise ValueError(f"merge: the adapter of {name!r} is disabled. Merge outside of `with disabled(model)`.")
-    _check_not_tied(model, {name: getattr(layer, "base_layer", None) for name, layer in layers}, "merge",
-                    "merging into one would change")
-    done = []
-    for name, layer in layers:
-        try:
-            fresh = not layer.merged
-            layer.merge()
-        except (TypeError, ValueError) as error:
-            for other in done:
-                other.unmerge()
-            raise type(error)(f"{name}: {error}") from None
-        if fresh:
-            done.append(layer)
-    return model
-
-
-def _check_not_tied(model: nn.Module, layers: dict[str, Any], who: str, why: str) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
-    for name, layer in layers.items():
-        if len(shared := owners.get(id(getattr(layer, "weight", None)), [])) > 1:
-            raise ValueError(f"{who}: {' and '.join(shared)} are one tied tensor, and {why} the other. Leave "
-                             f"{name.rsplit('.', 1)[-1]!r} out of target_modules, or untie the weights.")
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Take every adapter out of its weight again, exactly; twice is once. Raises ValueError without adapters."""
-    for _, layer in _layers_of(model, "unmerge"):
-        layer.unmerge()
-    return model
-
-
-def _layers_of(model: nn.Module, who: str) -> list[tuple[str, nn.Module]]:
-    layers = list(adapter_layers(model))
-    if not layers:
-        raise ValueError(f"{who}: this model has no adapters. Call attach(model, config) first.")
-    return layers

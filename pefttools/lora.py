@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from pefttools.layer import AdapterLayer
 from pefttools.lora_config import LoRAConfig, check_rank, check_rank_fits, features
+from pefttools.lora_init import BaseMayChange, initialise
+from pefttools.lora_starts import lora_init
 from pefttools.lora_update import add_update, linear_with_update, plain_update
 
 __all__ = ["LoRAConfig", "LoRALinear", "lora_delta", "lora_forward", "lora_init", "lora_scale"]
@@ -74,19 +76,6 @@ def lora_delta(A: Tensor, B: Tensor, alpha: float, rslora: bool = False) -> Tens
     return B @ A * lora_scale(len(A), alpha, rslora)
 
 
-def lora_init(d_in: int, d_out: int, r: int, generator: torch.Generator | None = None,
-              dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """(A [r, d_in], B [d_out, r]) at the start of training, as in peft: A Kaiming-uniform with a = √5, B zero.
-
-    That A is uniform in ±1/√d_in. (The paper's A is Gaussian; what matters is that exactly one of the two is zero:
-    then ΔW = 0 at the start, and the other factor still receives a gradient.)
-    """
-    check_rank_fits(r, d_in, d_out)
-    A = torch.empty(r, d_in, dtype=dtype)
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-    return A, torch.zeros(d_out, r, dtype=dtype)
-
-
 def _check_factors(A: Tensor, B: Tensor, d_in: int, d_out: int) -> None:
     if A.dim() != 2 or A.shape[1] != d_in:
         raise ValueError(f"A must be [r, d_in={d_in}]; got shape {list(A.shape)}.")
@@ -99,7 +88,7 @@ def _check_factors(A: Tensor, B: Tensor, d_in: int, d_out: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ the module
 
-class LoRALinear(AdapterLayer):
+class LoRALinear(BaseMayChange, AdapterLayer):
     """A given linear layer, frozen, plus the update (α/r)·B·A: [..., d_in] → [..., d_out].
 
     It wraps the layer (nn.Linear, GPT-2's Conv1D, a 4-bit one), so the layer itself comes back untouched when the
@@ -137,8 +126,6 @@ class LoRALinear(AdapterLayer):
         A, B = lora_init(*features(self.base_layer), config.r, generator)
         self.put(name, config, A, B)
         if config.init is not True or hasattr(self, "_before_start"):      # a start that changed W is not shared
-            from pefttools.lora_init import initialise
-
             try:
                 initialise(self, name, config.init, generator)
             except BaseException:
@@ -205,27 +192,10 @@ class LoRALinear(AdapterLayer):
         weight, delta = self.base_layer.weight, self.delta()
         return {"weight": weight + (delta if isinstance(self.base_layer, nn.Linear) else delta.T)}  # Conv1D: transposed
 
-    # ---- starts that change the base weight (PiSSA, OLoRA, LoftQ): the original speaks while disabled
-    @property
-    def enabled(self) -> bool:
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        if hasattr(self, "_before_start") and value != self._enabled:
-            from pefttools.lora_init import swap_base
-
-            swap_base(self)
-        self._enabled = value
-
-    def restore_base(self) -> None:
-        from pefttools.lora_init import restore_base
-
-        restore_base(self)
-
     def extra_repr(self) -> str:
         each = (f"{name}: r={c.r}, alpha={c.alpha}" for name, c in self.settings.items())
         return f"{', '.join(each)}, merged={self.merged}"
+
 
 
 def _linear_of(weight: Tensor) -> nn.Linear:

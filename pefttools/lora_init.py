@@ -158,3 +158,20 @@ def restore_base(layer: nn.Module) -> None:
         if layer.enabled:                                   # disabled, the original is in place
             swap_base(layer)
         del layer._before_start, layer._start_A, layer._start_B
+
+
+class BaseMayChange:
+    """For a layer: after a start that changed the base weight, the original speaks while the adapter is disabled."""
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if hasattr(self, "_before_start") and value != self._enabled:
+            swap_base(self)
+        self._enabled = value
+
+    def restore_base(self) -> None:
+        restore_base(self)

@@ -1,7 +1,7 @@
 """Where LoRA starts: the values of A and B before the first step, and what some starts do to the base weight.
 
     init_lora_weights    A [r, d_in]              B [d_out, r]       base weight becomes      source
-    True                 uniform ±1/√d_in         0                  W                        pefttools.lora.lora_init
+    True                 uniform ±1/√d_in         0                  W                        peft; the default
     "gaussian"           normal, std 1/r          0                  W                        Hu et al. 2021, §4.1
     False                uniform ±1/√d_in         uniform ±1/√r      W  (ΔW ≠ 0 at once)      peft, for tests
     "orthogonal"         (X Q₀)ᵀ/10               (Y Q₁)/10          W  (Q₁Q₀ᵀ = 0 → BA = 0)  peft; r even
@@ -28,6 +28,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from pefttools.lora_config import check_rank_fits
+
+
+def lora_init(d_in: int, d_out: int, r: int, generator: torch.Generator | None = None,
+              dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(A [r, d_in], B [d_out, r]) at the start of training, as in peft: A Kaiming-uniform with a = √5, B zero.
+
+    That A is uniform in ±1/√d_in. (The paper's A is Gaussian; what matters is that exactly one of the two is zero:
+    then ΔW = 0 at the start, and the other factor still receives a gradient.)
+    """
+    check_rank_fits(r, d_in, d_out)
+    A = torch.empty(r, d_in, dtype=dtype)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    return A, torch.zeros(d_out, r, dtype=dtype)
 
 
 def random_B(d_out: int, r: int, generator: torch.Generator | None = None) -> Tensor:
@@ -87,14 +102,15 @@ def _svd_lowrank(weight: Tensor, r: int, niter: int,
 
 
 def olora_start(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """(A, B) = the first r rows of R and columns of Q, where weight = Q R: B's columns are orthonormal."""
+    """(A [r, d_in], B [d_out, r]): the first rows of R and columns of Q, weight = Q R, so that B's are orthonormal."""
     Q, R = torch.linalg.qr(weight)
     return R[:r].clone(), Q[:, :r].clone()
 
 
 def loftq_start(weight: Tensor, r: int, scaling: float, quantized: Callable[[Tensor], Tensor],
                 iterations: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, B, Q): Q = quantized(W − s·BA) and s·BA = the rank-r part of W − Q, in turn, `iterations` times from BA = 0.
+    """(A [r, d_in], B [d_out, r], Q [d_out, d_in]): Q = quantized(W − s·BA) and s·BA = the rank-r part of W − Q, in turn,
+    `iterations` times from BA = 0.
 
     `quantized` gives a matrix as it is after quantizing and dequantizing. peft's `loftq_init` leaves the scale out, so
     that its start is right for α = r only, where the two are equal.

@@ -14,7 +14,7 @@ METHODS = {
     "BOTTLENECK": "pefttools.placements:AdapterConfig",
     "HYPER": "pefttools.hyper_config:HyperConfig",
     "PROMPT_TUNING": "pefttools.prompt:PromptTuningConfig",
-    "PREFIX_TUNING": "pefttools.prefix:PrefixTuningConfig",
+    "PREFIX_TUNING": "pefttools.prefix_config:PrefixTuningConfig",
     "P_TUNING": "pefttools.ptuning:PTuningConfig",
     "ADAPTION_PROMPT": "pefttools.llama_adapter:LlamaAdapterConfig",
 }

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pefttools.nf4 import NF4Tensor
+    from pefttools.nf4_tensor import NF4Tensor
 
 SOURCE = Path(__file__).with_name("nf4.c")
 NATIVE = (torch.float32, torch.bfloat16, torch.float16)           # what C reads and writes
@@ -97,7 +97,7 @@ def wanted(weights: int) -> bool:
     if _asked is None:
         try:
             library()
-        except RuntimeError:                   # nobody asked for a compiler, so none is missed
+        except (OSError, RuntimeError):        # nobody asked for a compiler, so none is missed
             _asked = False
             return False
     return _asked is not False

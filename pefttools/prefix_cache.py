@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttools.virtual import VirtualTokens, cache_length, check_follows, shift_positions, widen_mask, words_of
+from pefttools.virtual import VirtualTokens
+from pefttools.virtual_inputs import cache_length, check_follows, shift_positions, widen_mask, words_of
 
 
 class PrefixTokens(VirtualTokens):

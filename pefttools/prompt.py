@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pefttools.virtual import VirtualTokens, cache_length, check_follows, shift_positions, widen, widen_mask, words_of
+from pefttools.virtual import VirtualTokens
+from pefttools.virtual_inputs import cache_length, check_follows, shift_positions, widen, widen_mask, words_of
 from pefttools.virtual_config import VirtualConfig, place, tiled
 
 INITS = ("random", "vocab", "text", "zero")

@@ -523,8 +523,8 @@ def test_for_real_in_processes_of_their_own_and_through_a_kill(tmp_path):
     assert "[1 of 1] A LoRA layer, 1 thread" in done.stdout
     results = json.loads(kept_file.read_text())
     assert results["quantize/1"] == first["quantize/1"] and set(results) == {"quantize/1", "lora/1"}
-    assert {"nf4.py", "bench/quantization.py"} <= set(first["quantize/1"]["files"])
+    assert {"nf4.py", "nf4.c", "bench/quantization.py"} <= set(first["quantize/1"]["files"])
     assert "lora.py" in results["lora/1"]["files"] and "prefix.py" not in results["lora/1"]["files"]
     assert all(row["rounds"] >= 5 and 0 < row["p10"] <= row["value"] <= row["p90"]
                for r in results.values() for row in r["rows"] if "missing" not in row)
-    assert re.search(r"\| 1 \| 2048→512 fp32 \| ours × as fast as bitsandbytes \| \*\*\d", target.read_text())
+    assert re.search(r"\| 1 \| 2048→512 fp32 \| ours, eager × as fast as bitsandbytes \| \*\*\d", target.read_text())

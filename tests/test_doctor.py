@@ -315,6 +315,7 @@ def test_machines(monkeypatch):
         monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), chip))
         monkeypatch.setattr(machine, "cores_here", lambda: cores)
         monkeypatch.setattr(machine, "memory_here", lambda: (total, free))
+        monkeypatch.setenv("CC", "gcc")
         return by_check(machine.machine_rows())
 
     assert all(row.status == "ok" for row in on().values())
@@ -325,6 +326,16 @@ def test_machines(monkeypatch):
     assert on(total=2e9, free=1e9)["cores, memory"].status == "problem"
     assert on(free=1e9)["cores, memory"].status == "note"
     assert on(cores=1)["cores, memory"].status == "note"
+
+
+def test_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = machine.compiler_row()
+    assert (row.status, row.stops, row.found) == ("note", False, "none") and "same result" in row.todo
+    (tmp_path / "clang").write_text("")
+    (tmp_path / "clang").chmod(0o755)
+    assert machine.compiler_row().found.startswith(str(tmp_path / "clang")) and machine.compiler_row().status == "ok"
 
 
 def test_sandbox(monkeypatch, tmp_path):

@@ -27,7 +27,8 @@ from pefttools.inject import (adapter_parameters, attach, count_parameters, dele
 from pefttools.prefix import PrefixTuningConfig
 from pefttools.prompt import PromptTuningConfig
 from pefttools.ptuning import PTuningConfig
-from pefttools.virtual import VirtualTokens, by_name, shift_positions, widen, widen_mask
+from pefttools.virtual import VirtualTokens
+from pefttools.virtual_inputs import by_name, shift_positions, widen, widen_mask
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bert", "t5")

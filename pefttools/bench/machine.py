@@ -59,9 +59,10 @@ def sources(modules: Iterable[str] | None = None) -> dict[str, str]:
     The files that only choose what runs and lay out the page do not count.
     """
     if modules is None:
-        paths: Iterable[Path] = PACKAGE.rglob("*.py")
+        paths: Iterable[Path] = [*PACKAGE.rglob("*.py"), *PACKAGE.glob("*.c")]
     else:
         paths = [PACKAGE.parent / (name.replace(".", "/") + ".py") for name in modules]
+        paths += [path.with_name("nf4.c") for path in paths if path.stem == "nf4_compiled"]
     return {path.relative_to(PACKAGE).as_posix(): digest_of(path) for path in sorted(paths)
             if path.exists() and not (path.parent.name == "bench" and path.stem in LAYOUT)}
 

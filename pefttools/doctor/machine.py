@@ -23,7 +23,7 @@ def python_rows() -> list[Row]:
 
 
 def machine_rows() -> list[Row]:
-    return [system_row(), memory_row()]
+    return [system_row(), memory_row(), compiler_row()]
 
 
 def system_row() -> Row:
@@ -52,6 +52,15 @@ def memory_row() -> Row:
     if cores < 2:
         return Row("cores, memory", "note", found, "training takes about twice the minutes that the chapters state")
     return Row("cores, memory", "ok", found)
+
+
+def compiler_row() -> Row:
+    """Only looked for, not run: `pefttools.nf4_compiled` tries it when there is enough to do."""
+    found = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if found is None:
+        return Row("C compiler", "note", "none", "4-bit weights are encoded and decoded by slower kernels, with the same "
+                                                 "result; an installed gcc or clang is used by itself")
+    return Row("C compiler", "ok", f"{found}: 4-bit weights are encoded and decoded in C")
 
 
 def cores_here() -> int:

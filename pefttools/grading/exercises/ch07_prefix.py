@@ -21,7 +21,8 @@ from pefttools.grading.question import Question
 CHAPTER = "07_prefix"
 TITLE = "Prefix and prompt tuning"
 HIDES = ("pefttools.prefix", "pefttools.prefix_cache", "pefttools.prompt", "pefttools.ptuning",
-         "pefttools.llama_adapter", "pefttools.virtual", "pefttools.virtual_config", "peft")
+         "pefttools.llama_adapter", "pefttools.virtual", "pefttools.virtual_config", "pefttools.virtual_inputs",
+         "pefttools.prefix_config", "peft")
 
 
 def several(value: Any, count: int, names: str, function: str) -> list:
@@ -62,7 +63,7 @@ def soft_probe(work: Callable, case: dict) -> dict[str, Any]:
 
 def soft_reference(embeds, attention_mask, labels, prompt):
     from pefttools.prompt import soft_prompt
-    from pefttools.virtual import widen
+    from pefttools.virtual_inputs import widen
 
     return soft_prompt(embeds, prompt), widen(attention_mask, len(prompt), 1), widen(labels, len(prompt), -100)
 
