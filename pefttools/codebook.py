@@ -69,7 +69,8 @@ def int4_codebook() -> Tensor:
 
 def lloyd_max(samples: Tensor | None = None, weights: Tensor | None = None, levels: int = 16, tol: float = 1e-7,
               max_steps: int = 10_000) -> Tensor:
-    """The codebook with the least mean squared error: float32 [levels], ascending.
+    """A codebook whose mean squared error no small change lowers: float32 [levels], ascending. For N(0, 1) the least
+    there is; for samples with outliers far apart, the iteration may stop at a worse one than the best.
 
     Lloyd's iteration (1957; Lloyd 1982, doi:10.1109/TIT.1982.1056489; Max 1960): boundaries halfway between levels,
     then each level to the mean of what falls to it, until no level moves by more than `tol` (of the largest).

@@ -109,8 +109,8 @@ def olora_start(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 def loftq_start(weight: Tensor, r: int, scaling: float, quantized: Callable[[Tensor], Tensor],
                 iterations: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """(A [r, d_in], B [d_out, r], Q [d_out, d_in]): Q = quantized(W − s·BA) and s·BA = the rank-r part of W − Q, in turn,
-    `iterations` times from BA = 0.
+    """(A [r, d_in], B [d_out, r], Q [d_out, d_in]): Q = quantized(W − s·BA) and s·BA = the rank-r part of W − Q, in
+    turn, `iterations` times from BA = 0.
 
     `quantized` gives a matrix as it is after quantizing and dequantizing. peft's `loftq_init` leaves the scale out, so
     that its start is right for α = r only, where the two are equal.

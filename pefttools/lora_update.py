@@ -75,8 +75,8 @@ class _Update(torch.autograd.Function):
     """Of `result`, or where that is None of x Wᵀ + b, where W is a tensor or quantized (then dequantized twice)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, result: Tensor | None, x: Tensor, weight: Tensor | NF4Tensor | None, bias: Tensor | None,
-                A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx: FunctionCtx, result: Tensor | None, x: Tensor, weight: Tensor | NF4Tensor | None,
+                bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         q = weight if isinstance(weight, NF4Tensor) else None
         if result is None:
             y = (F.linear if q is None else nf4_linear)(x, weight, bias).contiguous()

@@ -1,8 +1,8 @@
 /* Encoding and decoding 4-bit blocks; built, called and explained by nf4_compiled.py.
 
-   A decoded weight is one of sixteen values in its block, code[k] * absmax, rounded to the dtype that is wanted. So the
-   sixteen are made and rounded once a block, and a weight costs no more than a look-up. Nothing is fused (the build says
-   -ffp-contract=off), so that every value has the bits that torch's operations, one after the other, give it. */
+   A decoded weight is one of sixteen values in its block, code[k] * absmax, rounded to the dtype that is wanted. The
+   sixteen are made and rounded once a block, and a weight costs no more than a look-up. Nothing is fused (the build
+   says -ffp-contract=off), so that every value has the bits that torch's operations, one after the other, give it. */
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
@@ -34,7 +34,7 @@ static inline float16 round_float16(float v) {
     uint32_t u = bits_of(v), sign = (u >> 16) & 0x8000, rest = u & 0x7fffffff;
     if (rest > 0x7f800000) return sign | 0x7e00;                                          /* NaN */
     if (rest >= 0x477ff000) return sign | 0x7c00;                                         /* 65520 and more: infinity */
-    if (rest < 0x38800000)                                      /* below 2^-14; adding 0.5 rounds to multiples of 2^-24 */
+    if (rest < 0x38800000)                                /* below 2^-14; adding 0.5 rounds to multiples of 2^-24 */
         return sign | (bits_of(of_bits(rest) + 0.5f) - 0x3f000000);
     return sign | (rest - (112 << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
 }
@@ -45,7 +45,9 @@ static inline __m512 load16_float32(const float32 *x) { return _mm512_castsi512_
 static inline __m512 load16_bfloat16(const bfloat16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
-static inline __m512 load16_float16(const float16 *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+static inline __m512 load16_float16(const float16 *x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+}
 
 /* Sixteen bisections: is s above midpoint 7? then 11 or 3? ... Four look-ups, four comparisons. */
 static inline __m512i code16(__m512 s, __m512 bounds, __m512i order) {
@@ -56,7 +58,8 @@ static inline __m512i code16(__m512 s, __m512 bounds, __m512i order) {
     }
     return _mm512_permutexvar_epi32(c, order);
 }
-static inline int64_t pack16(__m512i codes) {                   /* 16 codes in 32 bits each to 8 bytes: first << 4 | second */
+/* 16 codes in 32 bits each to 8 bytes: first << 4 | second */
+static inline int64_t pack16(__m512i codes) {
     codes = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
     return _mm_cvtsi128_si64(_mm512_cvtepi64_epi8(codes));
 }
@@ -86,7 +89,8 @@ static inline void spread(const uint8_t *packed, const void *table, void *out, l
 #ifdef __AVX512F__
         __m512i values = _mm512_loadu_si512(t);
         for (; i + 16 <= n; i += 16) {
-            /* each byte in 64 bits: the lower half its first code, the upper its second and dirt: vpermd looks at 4 bits */
+            /* each byte in 64 bits: in the lower half its first code, in the upper its second, and dirt: vpermd looks
+               at 4 bits */
             __m512i c = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
             c = _mm512_or_si512(_mm512_srli_epi64(c, 4), _mm512_slli_epi64(c, 32));
             _mm512_storeu_si512(y + i, _mm512_permutexvar_epi32(c, values));
@@ -99,7 +103,7 @@ static inline void spread(const uint8_t *packed, const void *table, void *out, l
         long i = 0;
 #ifdef __AVX512BW__
         __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)t));
-        for (; i + 32 <= n; i += 32) {                          /* likewise in 32 bits; vpermw looks at 5, the table is there twice */
+        for (; i + 32 <= n; i += 32) {           /* likewise in 32; vpermw looks at 5 bits, the table is there twice */
             __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + i / 2)));
             c = _mm512_or_si512(_mm512_srli_epi32(c, 4), _mm512_slli_epi32(c, 16));
             _mm512_storeu_si512(y + i, _mm512_permutexvar_epi16(c, values));
@@ -128,14 +132,14 @@ void encode_##dtype(const dtype *x, uint8_t *packed, float *absmax, const float 
     _Pragma("omp parallel for num_threads(threads) if(threads > 1)") \
     for (long n = 0; n < blocks; n++) { \
         const dtype *own = x + n * size; \
-        dtype top = 0;             /* magnitudes compare alike as numbers and as bits; NaN and infinity come out on top */ \
+        dtype top = 0;       /* magnitudes compare alike as numbers and as bits; NaN and infinity come out on top */ \
         for (long i = 0; i < size; i++) { \
             dtype magnitude = own[i] & (((dtype)-1) >> 1); \
             top = magnitude > top ? magnitude : top; \
         } \
         absmax[n] = load_##dtype(top); \
-        encode_block_##dtype(own, bounds, order, packed + n * size / 2, 1.0f / (absmax[n] < 1e-38f ? 1e-38f : absmax[n]), \
-                             size); \
+        float inverse = 1.0f / (absmax[n] < 1e-38f ? 1e-38f : absmax[n]); \
+        encode_block_##dtype(own, bounds, order, packed + n * size / 2, inverse, size); \
     } \
 } \
 void decode_##dtype(const uint8_t *packed, dtype *out, const float *code, const float *absmax, const uint8_t *codes, \
@@ -145,16 +149,18 @@ void decode_##dtype(const uint8_t *packed, dtype *out, const float *code, const 
         float scale = codes ? levels[codes[b]] * nested[b / NESTED_BLOCK] + *offset : absmax[b]; \
         dtype table[16]; \
         ROUND_TABLE_##dtype \
-        spread(packed + b * size / 2, table, out + b * size, n - b * size < size ? n - b * size : size, sizeof(dtype)); \
+        long rest = n - b * size; \
+        spread(packed + b * size / 2, table, out + b * size, rest < size ? rest : size, sizeof(dtype)); \
     } \
 }
 KERNELS(float32)
 KERNELS(bfloat16)
 KERNELS(float16)
 
-/* Double quantization: what is left of each absmax without the mean, in 8 bits. `level` is the code for each of 65,536 bins
-   of [-1, 1]. See double_quant.py. */
-void encode_nested(const float *absmax, const float *offset, const uint8_t *level, uint8_t *codes, float *nested, long n) {
+/* Double quantization: what is left of each absmax without the mean, in 8 bits. `level` is the code for each of 65,536
+   bins of [-1, 1]. See double_quant.py. */
+void encode_nested(const float *absmax, const float *offset, const uint8_t *level, uint8_t *codes, float *nested,
+                   long n) {
     for (long start = 0; start < n; start += NESTED_BLOCK) {
         long end = n - start < NESTED_BLOCK ? n : start + NESTED_BLOCK;
         float top = 0;

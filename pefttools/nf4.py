@@ -81,7 +81,7 @@ def quantize_4bit(w: Tensor, quant_type: str | Tensor = "nf4", block_size: int =
 
 
 def dequantize_nf4(q: NF4Tensor, out: Tensor | None = None, compiled: bool | None = None) -> Tensor:
-    """q → the weight [*q.shape] that it stands for, in its dtype; or written to `out`, in that one's. See `NF4Tensor`."""
+    """q → the weight [*q.shape] it stands for, in its dtype; or written to `out`, in that one's. See `NF4Tensor`."""
     return q.dequantize(out, compiled=compiled)
 
 

@@ -194,6 +194,9 @@ def _slider(name: str, given: Any) -> Any:
     )
 
 
+WIDE = {"width": "min(100%, 500px)"}   # a slider's own 300 pixels leave no track beside a long label
+
+
 def _control(ipywidgets: Any, name: str, slider: Any) -> Any:
     style = {"description_width": "initial"}
     if isinstance(slider, Slider):
@@ -208,12 +211,14 @@ def _control(ipywidgets: Any, name: str, slider: Any) -> Any:
             description=label,
             continuous_update=False,
             style=style,
+            layout=WIDE,
         )
     label = name.replace("_", " ")
     if isinstance(slider, tuple):
         return ipywidgets.Checkbox(value=slider[0], description=label, indent=False)
     if all(type(choice) in (int, float) for choice in slider):
         return ipywidgets.SelectionSlider(
-            options=sorted(slider), value=slider[0], description=label, continuous_update=False, style=style
+            options=sorted(slider), value=slider[0], description=label, continuous_update=False, style=style,
+            layout=WIDE,
         )
     return ipywidgets.Dropdown(options=slider, value=slider[0], description=label, style=style)
