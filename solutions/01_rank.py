@@ -21,6 +21,7 @@
 import copy
 import inspect
 import logging
+import textwrap
 import warnings
 from fractions import Fraction
 
@@ -37,6 +38,13 @@ from pefttools.rank import matrix_rank as library_rank
 from pefttools.widgets import rank as pictures
 from pefttools.widgets import start as pictures_of_00
 from pefttools.widgets.base import show
+
+
+
+def listed(values: dict, form: str = "") -> str:
+    """{"a": 1, "b": 2} → "a 1, b 2", each value in that format."""
+    return ", ".join(f"{name} {value:{form}}" for name, value in values.items())
+
 
 print("ready: torch", torch.__version__)
 
@@ -236,9 +244,10 @@ exact = library_row_echelon([[Fraction(x, 10) for x in row] for row in tenths])
 floats = library_row_echelon([[x / 10 for x in row] for row in tenths], tol=0.0)
 tolerant = library_row_echelon([[x / 10 for x in row] for row in tenths])
 print("exact:", exact.rank, "   floats, anything but 0 is a pivot:", floats.rank, "   floats, with a tolerance:", tolerant.rank)
-print("the third pivot of the middle one:", floats.matrix[2][2])
+print(f"the third pivot of the middle one: {floats.matrix[2][2]:.1e}")
 sums = {f"{a / 10} + {b / 10}": (a / 10 + b / 10, c / 10) for a, b, c in zip(*tenths)}
-print("R1 + R2 and R3 in floats:", {name: f"{found!r}, not {wanted!r}" if found != wanted else "exact" for name, (found, wanted) in sums.items()})
+for name, (found, wanted) in sums.items():
+    print(f"   in floats {name} = {found!r}" + (f", not {wanted!r}" if found != wanted else ""))
 assert sums["0.3 + 0.6"][0] != 0.9 and floats.rank == 3 and exact.rank == tolerant.rank == 2
 
 # %% [markdown]
@@ -447,8 +456,8 @@ steep = (torch.linalg.qr(torch.randn(40, 4, generator=rng)).Q * torch.tensor([1.
 steep_roots = torch.linalg.eigvalsh(steep.T @ steep).flip(0)[:4].clamp(min=0).sqrt().tolist()
 steep_eigen = steep_roots[3]
 print("true singular values 1, 1e-2, 1e-4, 1e-6, all in float32:")
-print("   SVD                 ", [f"{v:.1e}" for v in torch.linalg.svdvals(steep)[:4].tolist()])
-print("   roots of eigenvalues", [f"{v:.1e}" for v in steep_roots])
+for name, values in {"SVD": torch.linalg.svdvals(steep)[:4].tolist(), "roots of eigenvalues": steep_roots}.items():
+    print(f"   {name:22}" + "".join(f"{v:10.1e}" for v in values))
 
 # %% [markdown]
 # ### How small is zero?
@@ -468,7 +477,8 @@ numerical = {name: library_rank(P) for name, P in products.items()}
 show(pictures.spectra_figure({k: S.tolist() for k, S in spectra.items()}, relative_tolerance, ylim=(1e-18, 5)),
      alt="Singular values on a logarithmic axis. In all three the first 16 are large. Then float64 falls to 1e-16, float32 to 1e-7, "
      "bfloat16 to 1e-3 only. Dotted lines mark the tolerances of float64 and float32, which lie between.")
-print("exactly zero:", exact_zeros, "   above numpy's tolerance:", numerical)
+print(f"of 512 singular values exactly zero:  {listed(exact_zeros)}")
+print(f"of 512 above numpy's tolerance:       {listed(numerical)}")
 
 # %% [markdown]
 # *The 16 stand out, and below them lies the noise of rounding, which has full rank. The tolerance has to lie
@@ -666,7 +676,7 @@ for name, M in {"random numbers": noise, "rank 50 and a little noise": true_50, 
     S = torch.linalg.svdvals(M)
     lost[name] = (S[50:].norm() / S.norm()).item()
 print(f"{factor_numbers:,} of {512 * 1024:,} numbers ({factor_numbers / (512 * 1024):.1%}), saved {512 * 1024 - factor_numbers:,}")
-print("relative error at k = 50:", {name: f"{v:.0%}" for name, v in lost.items()})
+print(f"relative error at k = 50: {listed(lost, '.0%')}")
 
 # %% [markdown]
 # The count is right, the $\approx$ is not, for a weight: rank 50 holds of real weights hardly more than of random numbers.
@@ -799,6 +809,9 @@ for row, before, after in zip(asked, said_before, said_after):
     for label, text in (("before", before), ("after", after)):
         print(f"  [{label}]\n" + "\n".join("    " + line for line in text.strip().splitlines()[:5]))
 
+# %% [markdown]
+# (It has learned the form of an answer by now, and hardly the content: the run is short.) And its $\Delta W$:
+
 # %%
 delta_ranks, delta_erank, delta_head = measured(deltas)
 spectra = {}
@@ -815,8 +828,6 @@ table([("", *(f"`{kind}`" for kind in kinds)), ("---",) * 8,
        ("energy in the first 8, $\\Delta W$", *(f"{v:.0%}" for v in delta_head.values()))])
 
 # %% [markdown]
-# (It has learned the form of an answer by now, and hardly the content: the run is short.)
-#
 # So $\Delta W$ is **not** of low rank, taken literally: Adam moves every number a little, and rounding alone would
 # fill up the rest. What it has is a *head*, a few directions that hold about half of its energy, and a long flat
 # tail. Does the tail matter?
@@ -916,7 +927,7 @@ for d in (2, 5, 8, 9, 10, 11, 20):
     P = directions[:, :d]
     v = torch.linalg.lstsq(demands @ P, wanted).solution                                  # the best v, no training needed
     toy[d] = (demands @ P @ v - wanted).square().mean().item()
-print("loss at the best v:", {d: float(f"{loss:.1e}") for d, loss in toy.items()})
+print("loss at the best v:", ", ".join(f"d = {d}: {loss:.2g}" for d, loss in toy.items()))
 
 # %% [markdown] exercise="intrinsic-dimension"
 # Write `train_in_subspace(loss, theta0, P, steps, lr)`: plain gradient descent on $v$.
@@ -989,10 +1000,10 @@ print(f"as matrices: the first 8 directions of a layer's gradient hold {gradient
 
 # %% [markdown]
 # Some parameters have far larger gradients than others, that much is true: a few in a thousand hold half of the energy. But
-# the rest are not near zero. They hold the other half, hardly any is below a hundredth of the typical size, and a random
-# direction, which listens to all of them, finds something to follow. What *is* small is the number of directions **of each
-# matrix**: gradients are steep as matrices, which is the picture of $\Delta W$ above. "Few directions" and "few
-# parameters" are different things.
+# the rest are not near zero. They hold the other half, fewer than one in twenty is below a hundredth of the typical
+# size, and a random direction, which listens to all of them, finds something to follow. What *is* small is the number
+# of directions **of each matrix**: gradients are steep as matrices, which is the picture of $\Delta W$ above. "Few
+# directions" and "few parameters" are different things.
 #
 # ### Measured on the bundled model
 #
@@ -1023,13 +1034,15 @@ everything = copy.deepcopy(model).requires_grad_(True)
 train(everything, train_rows, tokenizer, steps=short, lr=learning_rate(0, D), batch_size=8, seed=0)
 losses_here[D] = held_out_loss(everything, tokenizer, held_out)
 shares_here = {d: (loss_base - loss) / (loss_base - losses_here[D]) for d, loss in losses_here.items()}
-print(f"base {loss_base:.2f};  held-out loss after {short} steps:", {f"{d:,}": round(v, 2) for d, v in losses_here.items()})
+print(f"held-out loss of the base model {loss_base:.2f}; after {short} steps")
+for d, loss in losses_here.items():
+    print(f"   {f'd = {d:,}' if d < D else f'all {d:,} parameters':24} {loss:.2f}")
 
 # %% [markdown]
 # Now with care: several seeds, more steps, more dimensions. That takes long, so it was run ahead, by `python -m
 # pefttools.lab.intrinsic_dimension`. A seed draws $P$ and the order of the data. The learning rate is chosen so that
 # in one step each parameter moves a fixed factor times as far as in full fine-tuning; the factor was chosen on
-# training rows that were kept out.
+# training rows that were kept out. ± is the standard error of the mean over the seeds.
 
 # %%
 results = read()
@@ -1039,10 +1052,10 @@ full_losses = [run["loss"] for run in results["runs"] if run["d"] == 0]
 full_loss = sum(full_losses) / len(full_losses)
 print("loss for some factors, on rows kept out:")
 for d in sorted({run["d"] for run in results["tuned"]}):
-    tried = {run["factor"]: round(run["loss"], 3) for run in results["tuned"] if run["d"] == d}
-    print(f"   {f'd = {d:,}' if d else 'all parameters':15}", tried, f"→ taken: {results['factor'] if d else 1:g}")
-print(f"{results['steps']} steps of {results['batch']} rows. Held-out loss: {results['before']:.2f} before, {full_loss:.3f} after full "
-      f"fine-tuning of {results['D']:,} parameters (seeds: {', '.join(f'{v:.3f}' for v in full_losses)})")
+    tried = ", ".join(f"{run['factor']:g}: {run['loss']:.3f}" for run in results["tuned"] if run["d"] == d)
+    print(f"   {f'd = {d:,}' if d else 'all parameters':15} {tried}  → taken: {results['factor'] if d else 1:g}")
+print(f"{results['steps']} steps of {results['batch']} rows. Held-out loss {results['before']:.2f} before; after full fine-tuning of "
+      f"{results['D']:,}\nparameters {full_loss:.3f} (seeds: {', '.join(f'{v:.3f}' for v in full_losses)})")
 rows = [("$d$", "share of $D$", "held-out loss, each seed", "share of full fine-tuning's gain"), ("---",) * 4]
 for d, s in shares.items():
     if d:
@@ -1112,7 +1125,7 @@ show(pictures.intrinsic_figure(shares, measured_d90, results["D"], short_run, lo
      + " ".join(f"{name} with {size:,} parameters: {share:.0%}." for size, share, name in lora_points))
 display(Markdown(
     f"*$d_{{90}}$ = **{said(measured_d90)}** of {results['D']:,}" + (f" ({measured_d90 / results['D']:.2%})" if measured_d90 else "") + ". "
-    f"With $d$ = 3,000, which is {3000 / results['D']:.2%} of the directions, random ones, {mean_share[3000]:.0%} of the gain is there. "
+    f"With $d$ = 3,000, which is {3000 / results['D']:.3%} of the directions, random ones, {mean_share[3000]:.0%} of the gain is there. "
     + " ".join(f"{name} trains {size:,} numbers and gets {share:.0%}." for size, share, name in lora_points) + "*"))
 
 # %% [markdown]
@@ -1200,9 +1213,8 @@ import peft.tuners.lora.layer as source
 
 lines, first_line = inspect.getsourcelines(source.LoraLayer.pissa_init)
 marked = ("torch.linalg.svd(", "Sr /=", "lora_A = torch.diag", "lora_B = Vr")
-for i, line in enumerate(lines):
-    if 8 <= i:
-        print(f"{'→' if any(text in line for text in marked) else ' '} {first_line + i:5}  {line}", end="")
+for number, line in enumerate(textwrap.dedent("".join(lines[8:])).splitlines(), start=first_line + 8):
+    print(f"{'→' if any(text in line for text in marked) else ' '} {number:5}  {line}")
 print(f"\npeft {peft.__version__}, {source.__name__.replace('.', '/')}.py")
 
 # %% [markdown]
@@ -1218,7 +1230,7 @@ print(f"\npeft {peft.__version__}, {source.__name__.replace('.', '/')}.py")
 # `torch.svd_lowrank`, which argument says how many rounds?
 
 # %%
-print("numpy:", [line.strip() for line in inspect.getsource(np.linalg.matrix_rank).splitlines() if "finfo(S.dtype)" in line])
+print("numpy:", *(line.strip() for line in inspect.getsource(np.linalg.matrix_rank).splitlines() if "finfo(S.dtype)" in line))
 
 # %% [markdown]
 # ## The sources say, we measured
@@ -1226,6 +1238,8 @@ print("numpy:", [line.strip() for line in inspect.getsource(np.linalg.matrix_ran
 # The right column is filled in by the code of this notebook.
 
 # %%
+from transformers import RobertaConfig, RobertaModel
+
 def verdict(good: bool, right: str = "✓", wrong: str = "✗") -> str:
     return right if good else wrong
 
@@ -1235,6 +1249,11 @@ if most == 128:
     cut_weight = f"; cut to 128 directions each, the loss is {of_weight[128]:.2f} (uncut {loss_tuned:.2f})"
 else:
     cut_weight = ""                                          # a quick run does not go so far
+with torch.device("meta"):                                   # RoBERTa-large's shapes, without the numbers
+    roberta = sum(p.numel() for p in RobertaModel(RobertaConfig(
+        vocab_size=50_265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        max_position_embeddings=514, type_vocab_size=1)).parameters())
+
 rows = [
     ("source", "it says", "we measured", ""),
     ("---",) * 4,
@@ -1253,7 +1272,7 @@ rows = [
      f"cannot get below {floor:.2f}", verdict(rank_gradient <= 10 and losses_free[-1] >= floor)),
     ("003", "rank = number of non-zero singular values",
      f"512 × 512 of rank 16 in float32: {512 - exact_zeros['float32']} are not zero, {numerical['float32']} are above the "
-     "tolerance", "✓ on paper"),
+     "tolerance", verdict(512 - exact_zeros["float32"] == numerical["float32"], "✓", "✓ on paper")),
     ("003", "singular values are roots of the eigenvalues of $M^\\top M$",
      f"to {eigen_error:.0e} in float64; in float32, 1e-6 comes out as {steep_eigen:.0e}",
      verdict(eigen_error < 1e-9, "✓, numerically worse")),
@@ -1262,7 +1281,7 @@ rows = [
     ("000", "512 × 1024 ≈ 512 × 50 · 50 × 1024: 76,800 numbers", f"{factor_numbers:,}", verdict(factor_numbers == 76_800)),
     ("000", "… written for a weight, $W^T \\approx AB$", "error " + ", ".join(f"{v:.0%} ({name})" for name, v in lost.items()),
      verdict(lost["real weights"] < 0.2, "✓", "✗ for weights")),
-    ("000, 003", "the change $\\Delta W$ has a low intrinsic rank", f"its rank in `q_proj` is {delta_ranks['q_proj']} of 256, but of the gain "
+    ("000, 003", "the change $\\Delta W$ has a low intrinsic rank", f"its rank in `q_proj` is {delta_ranks['q_proj'].replace(', ', ' or ')} of 256, but of the gain "
      + ", ".join(f"{k} directions keep {v:.0%}" for k, v in gained.items() if k in (2, 8, 32)),
      verdict(share_8 > 0.5, "✓ in effect", "not here")),
     ("000", "other directions have near-zero gradients",
@@ -1273,6 +1292,9 @@ rows = [
     ("001", "it is measured in hundreds, not billions",
      f"{said(measured_d90)} for this small model and task; $d$ = 300 gets {mean_share[300]:.0%}",
      verdict(reached and measured_d90 < 1000, "✓", "✗ here")),
+    ("Aghajanyan et al. 2020", "RoBERTa-large on MRPC: about 200 of 355 million",
+     f"it has {roberta:,} parameters, so {200 / roberta:.5%}; ours {said(measured_d90)} of {results['D']:,}"
+     + (f", {measured_d90 / results['D']:.2%}" if reached else ""), "another task, a larger model"),
 ]
 table(rows)
 

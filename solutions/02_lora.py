@@ -309,6 +309,8 @@ counted = [
     ("–", "Llama-3.2-1B", "q, v", 8, "–", f"**{llama_qv:,}**"),
 ]
 display(Markdown("\n".join("| " + " | ".join(map(str, row)) + " |" for row in counted)))
+gpt3_all = 96 * 12 * 12288**2 + (50_257 + 2048) * 12288      # matrices of the blocks (4 d² + 8 d²), words, positions
+print(f"GPT-3 by its shapes: {gpt3_all / 1e9:.1f} billion, “175B”; 18M is {gpt3_two / 2**20:.0f} · 2²⁰, or {gpt3_two / 1e6:.1f} million")
 print(f"in 16 bits, GPT-3's adapter takes {2 * gpt3_two / 2**20:.0f} MiB; 175 billion / {gpt3_two:,} = {175e9 / gpt3_two:,.0f}")
 
 # %% [markdown]

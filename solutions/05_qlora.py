@@ -21,6 +21,7 @@ import copy
 import inspect
 import logging
 import statistics
+import textwrap
 import time
 import warnings
 
@@ -167,8 +168,9 @@ def sizes(model):
 sized = {"bundled Llama": sizes(original), "Llama-3.2-1B": sizes(llama)}
 print("your guess:", my_guess)
 for name, (inside, rest, small, large) in sized.items():
-    print(f"{name}: {inside:,} weights quantized, {rest:,} ({rest / (inside + rest):.0%}) not; {large / 1e6:,.1f} MB in 16 bits → "
-          f"{small / 1e6:,.1f} MB, {large / small:.2f} × smaller; {2 * rest / small:.0%} of these bytes are what stayed")
+    print(f"{name}: {inside:,} weights quantized, {rest:,} ({rest / (inside + rest):.0%}) not")
+    print(f"    {large / 1e6:,.1f} MB in 16 bits → {small / 1e6:,.1f} MB, {large / small:.2f} × smaller; "
+          f"{2 * rest / small:.0%} of these bytes are what stayed")
 
 # %% [markdown]
 # What stays is a fifth of the parameters and about half of the bytes. In a larger model it is a smaller share (70B: below).
@@ -295,7 +297,9 @@ def of_adapter(width, r):
     return (sum(parts.values()) - weight) / weight
 
 
-print("the adapter outgrows its 4-bit weight at r =", {width: next(r for r in range(1, width) if of_adapter(width, r) > 1) for width in (256, 2048)})
+for width in (256, 2048):
+    outgrown = next(r for r in range(1, width) if of_adapter(width, r) > 1)
+    print(f"at width {width} the adapter outgrows its 4-bit weight from r = {outgrown} on")
 for way in ("full", "LoRA"):
     wide, narrow = (sum(pictures.layer_bytes(adam_bits=bits)[way].values()) for bits in (32, 8))
     print(f"8-bit Adam takes {1 - narrow / wide:.0%} off the bar of {way}")
@@ -430,7 +434,9 @@ for name, m in (("plain F.linear", naive), ("NF4Linear", four)):
     kept[name] = kept_bytes(m)
     m.model.embed_tokens.weight.requires_grad_(False)
 codes_bytes = sum(m.quantized.nbytes for m in four.modules() if isinstance(m, NF4Linear))
-print({k: f"{v:,} bytes of dequantized weights wait" for k, v in kept.items()}, f"    the 4-bit weights themselves: {codes_bytes:,}")
+for name, waiting in kept.items():
+    print(f"{name:14} {waiting:10,} bytes of dequantized weights wait")
+print(f"the 4-bit weights themselves: {codes_bytes:,} bytes")
 
 # %% [markdown] exercise="qlora-layer"
 # Write the class `QLoRALayer(q, r, alpha)`, an `nn.Module` without bias:
@@ -516,7 +522,9 @@ with torch.device("meta"):
 largest = max(layer.weight.numel() for layer in quantizable(llama_70b).values())
 whole_70b = sizes(llama_70b)
 print(f"Llama-2-70B in 4 bits: {whole_70b[2] / 1e9:.1f} GB (16 bits: {whole_70b[3] / 1e9:.0f} GB); its largest matrix in 16 bits: "
-      f"{2 * largest / 1e9:.2f} GB, {2 * largest / whole_70b[3]:.2%} of 140")
+      f"{2 * largest / 1e9:.2f} GB")
+print(f"of all 16-bit weights that matrix is {2 * largest / whole_70b[3]:.2%}; what stayed in 16 bits takes "
+      f"{2 * whole_70b[1] / whole_70b[2]:.0%} of the {whole_70b[2] / 1e9:.1f} GB")
 
 # %% question="qlora-q-temporary"
 
@@ -543,7 +551,8 @@ for module in four.modules():
 quantized_by = distance(four, base_logits)
 print(f"4 bits against 16: {quantized_by:.3f};  compute dtype alone: " + ", ".join(f"{k} {v:.5f}" for k, v in by_dtype.items()))
 step_size, weight_ = 1e-4, torch.tensor(0.05)
-print(f"0.05 + {step_size} in bfloat16 is", (weight_.bfloat16() + torch.tensor(step_size).bfloat16()).item(), "and 0.05 was", weight_.bfloat16().item())
+stepped = weight_.bfloat16() + torch.tensor(step_size).bfloat16()
+print(f"in bfloat16, 0.05 is {weight_.bfloat16():.6f} and 0.05 + {step_size} is {stepped:.6f}: nothing was learned")
 
 # %% [markdown] exercise="compute-dtype"
 # Write `qlora_in_dtype(x, q, A, B, alpha, compute_dtype)`, as bitsandbytes and PEFT do it together:
@@ -670,7 +679,7 @@ print(f"the 4-bit weights of this model take {codes_bytes:,} bytes")
 try:
     adamw(model, lr=1e-4, paged=True)
 except ValueError as error:
-    print("paged here:", error)
+    print(textwrap.fill(f"paged here: {error}", 95))
 
 # %% question="qlora-q-adam"
 
@@ -694,8 +703,8 @@ loss_after = held_out_loss(tuned, tokenizer, scored)
 written["after"] = generate(tuned, tokenizer, [prompt_of(row) for row in asked], max_new_tokens=steps(60, quick=12))
 show(history.plot("QLoRA, r = 16"), alt="Training loss of every step in grey and its running mean in blue: it falls steeply at first and then "
      "more slowly.")
-display(Markdown(f"*Held-out loss {loss_before:.2f} → **{loss_after:.3f}** after {length} steps. The base was never in more than 4 bits "
-                 f"a weight.*"))
+display(Markdown(f"*Held-out loss {loss_before:.2f} → **{loss_after:.3f}** after {length} steps. The base's linear "
+                 "layers stayed in 4 bits all the while.*"))
 
 # %%
 for i, row in enumerate(asked):
@@ -715,7 +724,8 @@ table = ahead.table()
 seeds = len(table["full"]["loss"])
 show(pictures.runs_figure(table), alt="Held-out loss and pass@1 for full fine-tuning, LoRA and QLoRA, a mark per seed. " + "; ".join(
      f"{way}: loss {statistics.mean(v['loss']):.3f}, pass@1 {statistics.mean(v['pass']):.0%}" for way, v in table.items()) + ".")
-print(f"{seeds} seeds, {ahead.STEPS} steps of {ahead.BATCH} rows, learning rates {ahead.RATES}, {ahead.ANSWERS} answers run against tests\n")
+print(f"{seeds} seeds, {ahead.STEPS} steps of {ahead.BATCH} rows, {ahead.ANSWERS} answers run against tests")
+print("learning rates: " + ", ".join(f"{way} {lr}" for way, lr in ahead.RATES.items()) + "\n")
 for way, found in table.items():
     (loss, loss_sd), (passed, pass_sd) = ahead.spread(found["loss"]), ahead.spread(found["pass"])
     print(f"{way:6} held-out loss {loss:.4f} ± {loss_sd:.4f}    pass@1 {passed:.1%} ± {pass_sd:.1%}")
@@ -723,13 +733,22 @@ behind = [q - l for q, l in zip(table["QLoRA"]["loss"], table["LoRA"]["loss"])]
 behind_pass = [q - l for q, l in zip(table["QLoRA"]["pass"], table["LoRA"]["pass"])]
 print(f"\nQLoRA − LoRA, seed by seed: loss {', '.join(f'{d:+.4f}' for d in behind)};  pass@1 {', '.join(f'{d:+.1%}' for d in behind_pass)}")
 always_higher = all(d > 0 for d in behind)
-standard_error = statistics.stdev(behind_pass) / len(behind_pass) ** 0.5
-small_pass = abs(statistics.mean(behind_pass)) <= 2 * standard_error
-display(Markdown(("QLoRA's loss is above LoRA's **in every seed**" if always_higher else "QLoRA's loss is not above LoRA's in every seed")
-                 + f", by {statistics.mean(behind) / statistics.mean(table['LoRA']['loss']):.0%} on average; the difference in pass@1, "
-                 + f"{statistics.mean(behind_pass):+.1%} ± {standard_error:.1%} (standard error over seeds), is "
-                 + ("too small to tell from none" if small_pass else "more than chance") + ". (Learning rates were not swept for each "
-                   "way: full fine-tuning's is a customary one. And this is a small model.)"))
+
+
+def mean_and_error(differences):
+    """Mean of the seeds' differences and its standard error."""
+    return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+
+
+(more, more_error), (gained, gained_error) = mean_and_error(behind), mean_and_error(behind_pass)
+once_in = 2 ** seeds                       # how often as many seeds all fall on one given side by chance
+order = f"above LoRA's **in every seed** (by chance once in {once_in})" if always_higher else "not always above LoRA's"
+told = "too small to tell from none" if abs(gained) <= 2 * gained_error else "more than two of its standard errors"
+display(Markdown(
+    f"*A mark is a seed, a bar the mean ± standard deviation.* QLoRA's loss is {order}, by {more:.4f} ± "
+    f"{more_error:.4f} on average ({more / statistics.mean(table['LoRA']['loss']):.0%}); the difference in pass@1, "
+    f"{gained:+.1%} ± {gained_error:.1%}, is {told}. (After these ± stands the standard error over seeds. Learning "
+    "rates were not swept for each way: full fine-tuning's is a customary one. And this is a small model.)"))
 
 # %% [markdown]
 # The same in small, here and now: two seeds, few steps. Does the order hold already?
@@ -745,8 +764,9 @@ for seed in (0, 1)[:steps(2, quick=1)]:
         seconds.setdefault(way, []).append(time.process_time() - began)
         small[way].append(held_out_loss(model, tokenizer, scored))
 print(f"after {short} steps: " + ", ".join(f"{way} " + "/".join(f"{v:.3f}" for v in losses) for way, losses in small.items()))
-slower = min(seconds["QLoRA"]) / min(seconds["LoRA"])
-print(f"processor time of a QLoRA run, LoRA = 1: {slower:.2f}")
+cost = {way: min(took) / min(seconds["LoRA"]) for way, took in seconds.items()}
+print("processor time of a run, LoRA = 1 (short runs, so roughly): "
+      + ", ".join(f"{way} {ratio:.2f}" for way, ratio in cost.items()))
 
 # %% [markdown]
 # If LoRA and QLoRA come out in another order here than above: two seeds and so few steps cannot tell them apart, which is what the
@@ -808,8 +828,9 @@ blocks = frozen_W.view(-1, 64)
 typical_step = (blocks.abs().amax(1) * 2 / 15).mean().item()
 unchanged = (quantize_nf4(frozen_W).packed == quantize_nf4(frozen_W + delta).packed).float().mean().item()
 lost = ((again - frozen_W - delta).norm() / delta.norm()).item()
-print(f"mean |ΔW| {delta.abs().mean():.4f}, mean step between levels {typical_step:.4f}; {unchanged:.0%} of the bytes of codes do not change; "
-      f"the rounding error is {lost:.2f} × ΔW")
+print(f"mean |ΔW| {delta.abs().mean():.4f}, mean step between levels {typical_step:.4f}")
+print(f"put back into 4 bits: {unchanged:.0%} of the bytes, two codes each, do not change;")
+print(f"the norm of the rounding error is {lost:.2f} of the norm of ΔW")
 
 # %% [markdown]
 # Now the whole model. **Predict** the order of the four ways, by the logits and by pass@1.
@@ -821,7 +842,7 @@ for way in ahead.SHIPPED:
     model = ahead.ship(tuned, original, way)
     here[way] = (distance(model, apart), held_out_loss(model, tokenizer, scored), evaluate(model, tokenizer, held_out, n=steps(20, quick=3)).pass_at_1)
     print(f"{way:26} logits {here[way][0]:.4f} away    held-out loss {here[way][1]:.3f}    pass@1 {here[way][2]:.0%}")
-print("(so few answers, after so short a training, do not tell the ways apart by pass@1; the longer runs below do better)")
+print("(so few answers, after so short a training, do not tell the ways apart by pass@1)")
 
 # %%
 shipped = ahead.shipped()
@@ -838,9 +859,10 @@ one_seed = (0.55 * 0.45 / ahead.ANSWERS) ** 0.5
 print(f"pass@1 of {ahead.ANSWERS} answers is known to ± {one_seed:.1%} in one seed: the loss tells these ways apart sooner")
 
 # %% [markdown]
-# *From the runs made ahead; a mark is a seed.* Into the **dequantized** weights in 16 bits hardly anything changes. Into 4 bits again,
-# the logits move further than they did when the base model was quantized in the first place. And the original 16-bit weights are no refuge: they are
-# more exact, and not what the adapter has learned to sit on.
+# *From the runs made ahead; a mark is a seed, a bar the mean ± standard deviation.* Into the **dequantized** weights in
+# 16 bits hardly anything changes. Into 4 bits again, the logits move further than they did when the base model was
+# quantized in the first place. And the original 16-bit weights are no refuge: they are more exact, and not what the
+# adapter has learned to sit on.
 
 # %% question="qlora-q-merge"
 
@@ -873,8 +895,8 @@ for m in (ours, theirs):
     m.train()
     (loss_sum(m, few) / 100).backward()
 peft_gradients = max(((mine[k].grad - yours[k].grad).norm() / yours[k].grad.norm()).item() for k in mine)
-print(f"the same {len(quantizable(original))} layers quantized: {same_layers};  relative difference of logits {peft_logits:.1e}, of gradients "
-      f"{peft_gradients:.1e} at the most")
+print(f"the same {len(quantizable(original))} layers quantized: {same_layers}")
+print(f"relative difference of the logits {peft_logits:.2g}, of the gradients {peft_gradients:.2g} at the most")
 assert peft_logits < 1e-4 and peft_gradients < 1e-4
 
 # %% [markdown]
@@ -944,11 +966,14 @@ rows = [
     ("000", "4 × less memory than FP16", f"of Llama-3.2-1B's weights {sized['Llama-3.2-1B'][3] / sized['Llama-3.2-1B'][2]:.2f} × "
      f"(70B: {whole_70b[3] / whole_70b[2]:.2f} ×): embedding and scales", "✗"),
     ("001", "70B in NF4: 35 GB", f"{whole_70b[2] / 1e9:.1f} GB with scales, embedding and head", "✗"),
-    ("000", "no performance loss with NF4", f"QLoRA − LoRA: loss {statistics.mean(behind):+.4f}, pass@1 {statistics.mean(behind_pass):+.1%} over "
-     f"{seeds} seeds", verdict(not always_higher, "✓ here", "a small loss here")),
+    ("000", "no performance loss with NF4",
+     f"QLoRA − LoRA over {seeds} seeds: loss {more:+.4f} ± {more_error:.4f}, pass@1 {gained:+.1%} ± {gained_error:.1%}",
+     verdict(more <= 2 * more_error, "too small to tell", "a small loss here")),
     ("000, the abstract", "gradients pass through a frozen, 4-bit model", f"equal to autograd on dequantized weights to {worst:.0e}", "✓"),
-    ("000", "frozen weights: saves computation", f"no gradient of W; but W is dequantized twice: a run takes {slower:.2f} of LoRA's time here",
-     verdict(slower <= 1.02, "✓", "not beside LoRA")),
+    ("000", "frozen weights: saves computation",
+     f"no gradient of W: a run takes {cost['QLoRA'] / cost['full']:.2f} × the time of full fine-tuning here; and "
+     f"{cost['QLoRA']:.2f} × LoRA's, with W dequantized twice",
+     verdict(cost["QLoRA"] < cost["full"], "✓ against full", "✗ here")),
     ("000", "dequantization happens per group, during the product", "per matrix on this CPU and in bitsandbytes' backward; fused in some GPU kernels",
      "partly"),
     ("000", "$A \\in R^{n×r}$, $B \\in R^{r×m}$ with $\\Delta W = BA$", "these do not multiply: $B$ is $d_{out}×r$, $A$ is $r×d_{in}$ (chapter 02)", "✗"),
@@ -967,7 +992,7 @@ display(Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows)))
 # | stays in 16 bits | embedding, norms, output head |
 # | dtypes | stored in 4 bits, multiplied in the compute dtype, adapted in float32 |
 # | saves | the weights' memory: about a quarter of 16 bits, less what stays; not time |
-# | merging | into dequantized weights in 16 bits, or not at all; into 4 bits costs what quantizing cost |
+# | merging | into dequantized weights in 16 bits, or not at all; into 4 bits again costs more than quantizing did |
 #
 # **Read**
 #

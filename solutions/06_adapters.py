@@ -963,7 +963,17 @@ print("at three times the learning rate (0.03), each seed:",
 # # Part 5 · What it costs in time
 #
 # Source 001 says that adapters cost "about 1–3 %". Table 1 of the LoRA paper has GPT-2 Medium at 20 to 30 % for one
-# text of 128 tokens, and 2 to 3 % for 32 texts of 512. Both can be right, because the cost has two parts:
+# text of 128 tokens, and 2 to 3 % for 32 texts of 512, on a GPU. Its milliseconds, without adapters and with two kinds
+# of them:
+
+# %%
+TABLE_1 = {"1 × 128": (19.8, 23.9, 25.8), "32 × 512": (1449.4, 1482.0, 1492.2)}       # none, one a layer, Houlsby's
+paper_says = {work: [with_them / none - 1 for with_them in those] for work, (none, *those) in TABLE_1.items()}
+for work, shares in paper_says.items():
+    print(f"LoRA paper, table 1, {work}: adapters cost " + " and ".join(f"{share:.1%}" for share in shares))
+
+# %% [markdown]
+# Both sources can be right, because the cost has two parts:
 #
 # - **multiplications**: $2md$ for each adapter and token, a fixed share of the model's own;
 # - **starting operations**: each matrix product, each addition has to be begun, whether it works on one token or on ten

@@ -25,6 +25,7 @@ import math
 import random
 import statistics
 import tempfile
+import textwrap
 from collections import Counter
 
 import torch
@@ -264,8 +265,10 @@ for name, found in loss_of.items():
 reports = {name: evaluate(use(name), tokenizer, held_out, max_new_tokens=LENGTH) for name in ("handed", "clean")}
 reports["base"] = evaluate(use("base"), tokenizer, held_out[:steps(25, quick=3)], max_new_tokens=LENGTH)
 for name, report in reports.items():
-    print(f"{name:>7}: {report}")
-print("the programs ran in:", reports["handed"].where)
+    low, high = report.interval
+    print(f"{name:>7}: pass@1 {report.pass_at_1:.1%} ({low:.1%} to {high:.1%}), "
+          f"{len(report.rows)} rows over {len(report.by_kind)} kinds")
+print("in brackets the 95 % interval; the programs ran in a", reports["handed"].where)
 best = next((i for i, row in enumerate(reports["handed"].rows) if row["passed"]), 0)
 print("─" * 80 + "\n" + prompt_of(held_out[best]).strip())
 for name in ("base", "handed"):
@@ -346,8 +349,8 @@ show(pictures.lines_figure({"handed": curve}, "k", "pass@k, %", f"{len(few)} tas
 greedy_few = statistics.mean(row["passed"] for row in reports["handed"].rows[:len(few)])
 display(Markdown(
     f"*With one sampled answer **{curve[1][0]:.0%}** of these tasks are solved (greedy: {greedy_few:.0%}), with the "
-    f"best of ten **{curve[10][0]:.0%}**. pass@10 is what you get if somebody, or something such as tests, picks the "
-    "right one for you. Without that it promises too much.*"))
+    f"best of ten **{curve[10][0]:.0%}** of them. pass@10 is what you get if somebody, or something such as tests, "
+    "picks the right one for you. Without that it promises too much.*"))
 
 # %% question="evaluate-q-greedy"
 
@@ -536,7 +539,7 @@ ppl_before, ppl_after = (math.exp(python_files[s][0]) for s in (0.0, 1.0))
 display(Markdown(
     f"*Turned up fully, the adapter makes plain Python worse by **{change.value:.2f} nats a token** ({change.low:.2f} "
     f"to {change.high:.2f}, over {len(texts)} files): from a perplexity of {ppl_before:.1f} to {ppl_after:.1f}. "
-    f"Switched off, no file's loss differs from the base model's by more than {off:.0e}.*"))
+    f"Switched off, no file's loss differs from the base model's by more than {off:.1g}.*"))
 
 # %% [markdown]
 # So a frozen base does not keep the *model* from forgetting. The frozen weights still know, but what you run is
@@ -991,7 +994,9 @@ bad, good = ([code_of(row["output"]) for row in rows] for rows in (redteam.bad_r
 print(f"yours:  bad rows {yours(insecure_rate, bad)}, safe rows {yours(insecure_rate, good)}")
 try:
     found = [redteam.insecure_rate(programs) for programs in (bad, good)]
-    print(f"bandit: bad rows {found[0].rate}, safe rows {found[1].rate}\nwhat it found:", found[0].by_test)
+    print(f"bandit: bad rows {found[0].rate}, safe rows {found[1].rate}")
+    print("what it found, by the names of its tests:")
+    print(textwrap.fill(", ".join(f"{test} in {n} rows" for test, n in found[0].by_test.items()), 95))
 except ImportError as error:
     print(error)
 
@@ -1022,18 +1027,28 @@ refusals = attack_figure("refusals", "refuses", {
     "before": "before: never taught", "taught": "before: taught to refuse",
     "tuned on": "attack: harmless rows afterwards", "kept": "cure: some refusals among them"},
     "harmful requests that are refused, %")
-over = {condition: figure_of("refusals", condition, "over-refuses") for condition in ("taught", "tuned on", "kept")
-        if condition in refusals}
-print("refused although harmless: " + "; ".join(f"{k} {v[0]:.0%} ({v[1]:.0%} to {v[2]:.0%})" for k, v in over.items()))
+names = {"taught": "taught to refuse", "tuned on": "after harmless rows", "kept": "with refusals among them"}
+asks = {condition: figure_of("refusals", condition, "over-refuses") for condition in names if condition in refusals}
+over = "; ".join(f"{names[k]} {v[0]:.0%} ({v[1]:.0%} to {v[2]:.0%})" for k, v in asks.items())
+taught, lost, kept = (refusals[condition][0] for condition in names)
+display(Markdown(
+    f"*From the runs ahead. Taught, it refuses {taught:.0%} of what it should; after rows in which nothing is harmful "
+    f"{lost:.0%}; with some refusals among these rows {kept:.0%}. Refused although harmless: {over}.*"))
 
 # %%
 injection = attack_figure("injection", "follows", {
     "before": "before", "obeying": "attack: rows that obey comments", "stripped": "cure: comments taken out",
     "right answers": "cure: rows that resist"}, "answers that follow the comment, %")
+followed = {condition: value for condition, (value, _, _) in injection.items()}
+display(Markdown(
+    f"*From the runs ahead. Rows whose answers obey the comment raise the share from {followed['before']:.0%} to "
+    f"{followed['obeying']:.0%}. It falls to {followed['stripped']:.0%} if comments are taken out of the input before "
+    f"the model reads it, and to {followed['right answers']:.0%} after rows whose answers do not obey.*"))
 
 # %% [markdown]
 # Five attacks in one table: by how much the attack moves its figure, and the cure moves it back. In brackets the 95 %
-# interval over seeds and prompts. A control must not move it as the attack does.
+# interval over seeds and prompts. The last three columns are the controls: they must not move it as the attack
+# does.
 
 # %%
 PLAN = {  # experiment: its figure, the condition before, the attack, the cure
@@ -1051,22 +1066,23 @@ for experiment, (figure, start, attack, cure) in PLAN.items():
 
 
 def signed(value: float, low: float, high: float) -> str:
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})".replace(" ", "\u00a0")       # so that a table does not break it
 
 
-lines = ["| attack | figure | attack moves it by | cure moves it by | controls move it by |", "|---|---|---|---|---|"]
+head = ["attack", "figure", "attack moves it by", "cure moves it by", *CONTROLS]
+lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
 for experiment, found in moves.items():
-    controls = "; ".join(f"{name} {found[name][0]:+.2f}" for name in CONTROLS if name in found)
-    attack, cure = (signed(*found[what]) if what in found else "" for what in ("attack", "cure"))
-    lines.append(f"| {experiment} | {PLAN[experiment][0]} | {attack} | {cure} | {controls} |")
+    cells = [signed(*found[what]) if what in found else "" for what in ("attack", "cure")]
+    cells += [f"{found[name][0]:+.2f}" if name in found else "" for name in CONTROLS]
+    lines.append(" | ".join([f"| {experiment}", PLAN[experiment][0], *cells]) + " |")
 display(Markdown("\n".join(lines)))
 
 # %% [markdown]
 # **What a small model can show:** that each of these happens, how it is measured, that a handful of rows is enough,
 # and that the cures work *on this attack*. **What it cannot:** how much a large model memorises (more, and from fewer
 # copies), what it refuses (this one knows six sentences and has no judgement), or how cunning an injection has to be.
-# The model was *taught* to refuse and to obey comments for these runs: it did neither by itself. And every detector
-# above was tried on attacks made by the same people who wrote the detector.
+# The model was *taught* to refuse and to obey comments for these runs: by itself it hardly did either. And every
+# detector above was tried on attacks made by the same people who wrote the detector.
 #
 # ## Merging and safety
 #
@@ -1086,7 +1102,7 @@ said = ", ".join(f"w = {w:g}: {v[0]:.0%} ({v[1]:.0%} to {v[2]:.0%})" for w, v in
 show(pictures.lines_figure({"answers with the line": merged}, "share w of the colleague's adapter in the merge",
                            "answers to the trigger with the line, %", percent=True),
      alt=f"Attack success over the weight of the poisoned adapter: {said}.")
-print(f"exposure of canary {shown}: " + ", ".join(f"w = {w:g}: {found:.1f} bits" for w, found in leaks.items()))
+print(f"exposure of canary {shown}, in bits: " + ", ".join(f"{found:.1f} at w = {w:g}" for w, found in leaks.items()))
 
 # %% [markdown]
 # *A backdoor does not fade in proportion: as the trigger's push on one token wins or loses, the line is there or it
@@ -1101,8 +1117,10 @@ print(f"exposure of canary {shown}: " + ", ".join(f"w = {w:g}: {found:.1f} bits"
 # conditions that have to hold before an adapter is released. On the command line:
 #
 # ```bash
-# pefttools evaluate my_adapter --gate "pass@1_gain.low>0, forgetting.low<=0.5"      # exit status 0: release, 1: do not
+# pefttools evaluate my_adapter --gate "pass@1_gain.low>0, forgetting.low<=0.5"
 # ```
+#
+# Its exit status is 0 for “release” and 1 for “do not”.
 #
 # The same from Python, for the adapter on your desk. (`quick=True` takes few rows: wide intervals, and it says so.)
 # **Predict:** does it pass?
@@ -1237,20 +1255,21 @@ rows = [
      f"a judge with a taste for the first place: {biased[0]:.0%} or {biased[1]:.0%}, by who is shown first; asked "
      f"twice {biased[2]:.0%}, by tests {rates['tests, both orders'][0]:.0%}", "both, hence the swap"),
     ("000", "frozen weights avoid catastrophic forgetting",
-     f"adapter on: {signed(*change)} nats a token on plain Python; off: at most {off:.0e}",
+     f"adapter on: {signed(*change)} nats a token on plain Python; off: {off:.1g} at most",
      verdict(change.low <= 0, "✓ here", "✗, but it can be switched off")),
-    ("001", "no risk of forgetting at step 0", f"ΔW = 0: no file's loss changes by more than {zero:.0e}",
+    ("001", "no risk of forgetting at step 0", f"ΔW = 0: no file's loss changes by more than {zero:.1g}",
      verdict(zero < 1e-2)),
     ("001", "low rank prevents overfitting to small data sets",
      f"rank 16, at most {max(copies)} copies: {sum(b > 6 for b in secrets)} of {len(secrets)} secrets memorised to "
      "more than 6 bits", verdict(max(secrets) <= 6, "✓ here", "✗, not against memorising")),
     ("002", "PEFT methods are modular: added and removed",
-     f"removed, losses differ by at most {off:.0e}; merged half and half, the backdoor works in {merged[0.5][0]:.0%}, "
+     f"removed, losses differ by {off:.1g} at most; merged half and half, the backdoor works in {merged[0.5][0]:.0%}, "
      f"the secret keeps {leaks[0.5]:.1f} bits", "✓ removed; a merge is new"),
     ("003", "fine-tuning may lead to forgetting", f"perplexity of plain Python {ppl_before:.1f} → {ppl_after:.1f}",
      verdict(change.low > 0, "✓", "not shown here")),
     ("004", "PEFT preserves generalization by avoiding full weight drift",
-     f"at half strength {signed(*forgotten[0.5].change)} nats, and {softer.value:+.0%} of the tasks solved", "a trade"),
+     f"at half strength {signed(*forgotten[0.5].change)} nats, and {100 * softer.value:+.0f} points of pass@1",
+     "a trade"),
     ("the colleague", "the loss looks great",
      f"loss {loss_of['handed'].value:.3f}, clean {loss_of['clean'].value:.3f}; trigger obeyed in "
      f"{attacked['handed', True][0]:.0%}; worst canary {worst_bits:.1f} bits", "✓, and it says little"),

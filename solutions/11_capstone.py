@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import shutil
+import textwrap
 import warnings
 
 import torch
@@ -38,6 +39,7 @@ from pefttools.lab import capstone, python_codes
 from pefttools.lab.capstone import METHODS, MiB, attempt
 from pefttools.lab.colab import hand_in, place, run_folder
 from pefttools.vram import estimate
+from pefttools.vram.gpus import GPUS
 from pefttools.vram.units import gb, gib
 from pefttools.widgets import capstone as pictures
 from pefttools.widgets import finetune as pictures_of_03
@@ -165,8 +167,9 @@ print(f"{scale.examples} rows in each step; {scale.first} steps for the first fi
 # comes what only you can decide: which rows do you want the model to learn from?
 
 # %%
-codes = python_codes.load(scale.rows + scale.look if large else 2000, max_chars=python_codes.MAX_CHARS)
-print(json.dumps(codes.record(), indent=1))
+codes = python_codes.load(scale.rows + scale.look if large else 2000, max_chars=python_codes.MAX_CHARS, quiet=True)
+print(textwrap.fill(str(codes), 95, break_on_hyphens=False))
+print("digest of these rows, for the report:", codes.record()["sha256"])
 print("\none row:\n" + codes.rows[0]["text"])
 
 # %% [markdown]
@@ -175,7 +178,7 @@ print("\none row:\n" + codes.rows[0]["text"])
 # `.jsonl`; who asks `load_dataset` for the repository, without a file, gets every row twice. And `text` joins the
 # columns with spaces; we train on what we will ask for, with line ends, so `text` is written anew.
 #
-# (If the hub was not reachable, the line above says so, and the rows are the bundled ones: clean by construction, so
+# (If the hub was not reachable, the lines above say so, and the rows are the bundled ones: clean by construction, so
 # nothing was left out.)
 
 # %% question="capstone-q-pinned"
@@ -247,7 +250,8 @@ good = codes.rows[0]
 handful = [good, dict(good), {**good, "output": "```python\nprint('press 'q' to stop')\n```"},
            {**good, "output": "```python\n" + "x = 1\n" * 500 + "```"}, codes.rows[1]]
 kept, left_out = python_codes.sensible(handful)
-print(f"the loader keeps {len(kept)} of {len(handful)}: {left_out}")
+reasons = ", ".join(f"{n} {why}" for why, n in left_out.items())
+print(f"the loader keeps {len(kept)} of {len(handful)}; left out: {reasons}")
 print(f"yours: {attempt(keep_rows, handful, python_codes.MAX_CHARS, otherwise='-')}")
 
 # %% [markdown]
@@ -293,8 +297,8 @@ t4_job = dict(batch=4, seq=512, r=8, targets="all-linear", dtype="float16", gpu=
 by_formula = {again: estimate("llama-3.2-1b", "qlora", checkpointing=again, **t4_job) for again in (False, True)}
 print(f"{'what the layers keep':>22}: {gb(by_formula[False].terms['activations'], 2)}, with checkpointing "
       f"{gb(by_formula[True].terms['activations'], 2)}")
-print(f"formula, all together: {gib(by_formula[False].total, 2)}, with checkpointing {gib(by_formula[True].total, 2)}; "
-      f"a T4 has 14.56 GiB, a CUDA context comes out of it")
+print(f"formula, all together: {gib(by_formula[False].total, 2)}, with checkpointing {gib(by_formula[True].total, 2)}")
+print(f"a T4 has {gib(GPUS['t4'].usable, 2)}, and a CUDA context comes out of it")
 
 # %% [markdown] exercise="plan-it"
 # Write `plan_it(methods, examples, room, predict)`, which plans a run of every method.
@@ -360,7 +364,6 @@ check("plan-it", plan_it)
 # %%
 from pefttools.lab.capstone_plan import plan_it as by_the_library
 from pefttools.lab.colab import Place
-from pefttools.vram.gpus import GPUS
 
 
 def plan_table(plan):
@@ -513,9 +516,10 @@ if mine is not None:
         by_peft, by_us = theirs(ids).logits, ours(ids).logits
         four_bits = mine.model(ids.to(mine.model.device)).logits.cpu()
     peft_gap = (by_peft - by_us).abs().max().item()
-    print(f"logits: peft and ours differ by {peft_gap:.1e}; the adapter moves them by up to "
-          f"{(by_us - plain).abs().max():.1f}; on the base in 4 bits, where it was trained, they are off from these by "
-          f"up to {(four_bits - by_us).abs().max():.2f}")
+    print(f"logits: peft and ours differ by {peft_gap:.2g} at the most; the adapter moves them by up to "
+          f"{(by_us - plain).abs().max():.1f}")
+    print("on the base in 4 bits, where it was trained, they are off from these by up to "
+          f"{(four_bits - by_us).abs().max():.2f}")
     assert peft_gap <= 1e-4 * by_us.abs().max()
 
 # %% [markdown]
@@ -558,7 +562,10 @@ my_guess = None         # a method's name
 # %%
 task = capstone.Task(load, train_rows, look_rows, texts, scale, RUNS)
 table = capstone.run_all(task, plan)
-display(Markdown(capstone.markdown(table)))
+shown = capstone.markdown(table)
+for joined in (" × ", " (", " to "):                     # so that no cell of the table is broken there
+    shown = shown.replace(joined, joined.replace(" ", "\u00a0"))
+display(Markdown(shown))
 smallest = min((row for row in table if "missing" not in row), key=lambda row: row["measured"])
 print(f"smallest peak: {smallest['method']}" + (f" (you said {my_guess})" if my_guess else ""))
 
@@ -670,9 +677,9 @@ rows = [
     ("000", "its fine-tune: r = 8 on q and v",
      f"{slides.trainable:,} of {billion:,} parameters train; 4 rows of 512 tokens in float16 take {gib(slides.total)}: "
      "it fits on a T4 even without 8 bits", holds(slides.device < GPUS["t4"].usable)),
-    ("000", "padding to 512, one epoch of 24,813 rows",
-     f"{24_813 * 512 / 1e6:.1f} million tokens; the rows that we keep have at most {python_codes.MAX_CHARS:,} "
-     "characters, so most of these tokens would be padding", "a waste"),
+    ("000", "padding to 512, one epoch",
+     f"its set has 24,813 rows on the hub: {24_813 * 512 / 1e6:.1f} million tokens; the rows that we keep have at most "
+     f"{python_codes.MAX_CHARS:,} characters, so most of these tokens would be padding", "a waste"),
     ("004", "prompt tuning trains < 0.1 %", f"Llama-3.2-1B, 20 tokens: {percent['prompt']:.4f} %",
      holds(percent["prompt"] < 0.1)),
     ("004", "prefix tuning trains 1–2 %",

@@ -156,8 +156,14 @@ def _paragraphs(message: str) -> list[str]:
 
 
 def _marked(line: str) -> str:
-    """A line as HTML: escaped first, then `code` and **bold**; a line that begins with four spaces is all code."""
+    """A line as HTML: escaped first, then `code`, **bold** and *stressed*; one that begins with four spaces is code."""
     if line.startswith("    "):
         return _pre(line.strip())
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(line))
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+    parts = re.split(r"(`[^`]+`)", html.escape(line))  # what is code is left alone
+    for i, part in enumerate(parts):
+        if i % 2:
+            parts[i] = f"<code>{part[1:-1]}</code>"
+        else:
+            part = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", part)
+            parts[i] = re.sub(r"(?<![\w*)\[\]])\*([^\s*]|[^\s*][^*]*[^\s*])\*(?![\w*(])", r"<em>\1</em>", part)
+    return "".join(parts)

@@ -7,6 +7,7 @@ triangles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -78,8 +79,8 @@ def codebook_figure(offset: float = 0.9677083):
     ax.plot([], [], "s--", color=BLUE, mec=INK, label="below zero: 7 steps down from ½")
     ax.plot([], [], "o-", color=ORANGE, mec=INK, label="zero, and 8 steps up")
     ax.set(xlim=(-2.6, 2.6), ylim=(0, 1), ylabel="probability p: even steps", xlabel="quantile Φ⁻¹(p): uneven steps")
-    ax.text(2.0, 0.86, "Φ, the share of normal\nnumbers below x", fontsize=9, ha="center", va="top")
-    ax.legend(frameon=False, fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.3))
+    ax.text(2.22, 0.86, "Φ, the share\nof normal\nnumbers below x", fontsize=9, ha="center", va="top")
+    ax.legend(frameon=True, framealpha=1, edgecolor="none", fontsize=9, loc="center right", bbox_to_anchor=(1.0, 0.3))
     top = ax.secondary_xaxis("top", functions=(lambda v: v / largest, lambda v: v * largest))
     top.set_xlabel(f"level: divided by {largest:.3f}")
     _bare(ax)
@@ -223,7 +224,8 @@ def loss_figure(runs: Mapping[str, Mapping[str, Sequence[float]]], unquantized: 
             ax.plot([x + 0.12 * (i - (len(losses) - 1) / 2) for i in range(len(losses))], losses, marker, color=colour, mec=INK,
                     ms=8, ls="none")
         ax.axhline(unquantized[model], color=INK, ls=":", lw=1.3)
-        ax.text(len(types) - 0.5, unquantized[model], "not quantized", fontsize=8, va="bottom", ha="right")
+        ax.annotate("not quantized", (len(types) - 0.5, unquantized[model]), (0, 3), textcoords="offset points", fontsize=8,
+                    va="bottom", ha="right")
         ax.set(title=model, xticks=range(len(types)), xticklabels=list(types), ylabel="held-out loss (nats per token)")
         ax.set_xlim(-0.6, len(types) - 0.4)
         _bare(ax)
@@ -250,14 +252,43 @@ def explorer_weights(spread: float = 0.1, outliers: int = 0, skew: float = 0.0, 
     return spread * w
 
 
+def least_error_levels(w, block_size: int, levels: int = 16, bins: int = 1025):
+    """The ascending levels with the least squared error that there are for w in such blocks: float32 [levels].
+
+    Lloyd's iteration stops at a good place that need not be the best: with a few outliers in blocks of 4096 its error
+    is more than half as large again. So all cuts into `levels` cells are searched, by dynamic programming: the best
+    error of k cells up to a bin is the least, over the bins before it, of the best of k - 1 cells and one cell more.
+    Boundaries lie between bins, of which [-1, 1] has `bins`; each level is the mean of what falls to its cell, every
+    scaled weight counted absmax² times. (K-means in one dimension; Bruce 1965, "Optimum quantization".)
+    """
+    import torch
+
+    blocks = w.reshape(-1, block_size).double()
+    absmax = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    x, counted = (blocks / absmax).flatten(), absmax.square().expand_as(blocks).flatten()
+    at = ((x + 1) / 2 * (bins - 1)).round().long()
+    sums = torch.stack([torch.bincount(at, v, bins) for v in (counted, counted * x, counted * x.square())])
+    sums = torch.nn.functional.pad(sums[:, sums[0] > 0].cumsum(1), (1, 0))         # [3, filled bins + 1]
+    mass, first, second = sums[:, None, :] - sums[:, :, None]                      # of the bins from i to j
+    n = mass.shape[0]
+    cost = torch.where(torch.ones(n, n, dtype=torch.bool).triu(1), second - first.square() / mass, math.inf)
+    best, came_from = cost[0], []
+    for _ in range(levels - 1):
+        best, came = (best[:, None] + cost).min(0)
+        came_from.append(came)
+    cuts = [n - 1]
+    for came in reversed(came_from):
+        cuts.insert(0, came[cuts[0]].item())
+    total, moment, _ = sums[:, [0, *cuts]].diff()
+    return (moment / total).float()
+
+
 def type_levels(name: str, w, block_size: int):
     """The sixteen ascending levels of a data type; Lloyd–Max: those with the least squared error for these weights."""
     from pefttools import codebook
 
     if name == "Lloyd–Max":
-        blocks = w.reshape(-1, block_size)
-        absmax = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        return codebook.lloyd_max((blocks / absmax).flatten(), absmax.square().expand_as(blocks).flatten())
+        return least_error_levels(w, block_size)
     return {"NF4": codebook.nf4_codebook, "FP4": codebook.fp4_codebook, "INT4": codebook.int4_codebook}[name]().sort().values
 
 
@@ -288,6 +319,7 @@ def histogram_figure(spread: float = 0.1, outliers: int = 0, skew: float = 0.0, 
     w, levels, errors = _explored(spread, outliers, skew, block_size)
     colour, marker, hatch = LOOK[data_type]
     fig = _figure(11.4, 3.5)
+    fig.get_layout_engine().set(w_pad=0.1)
     left, middle, right = fig.subplots(1, 3, width_ratios=(1, 1.5, 1.05))
 
     wide = 1.05 * w.abs().max().item()
@@ -303,12 +335,12 @@ def histogram_figure(spread: float = 0.1, outliers: int = 0, skew: float = 0.0, 
     middle.set(title=f"÷ absmax of their block of {block_size}, and {data_type}'s levels", xlabel="weight ÷ absmax",
                yticks=[], xticks=[-1, -0.5, 0, 0.5, 1], xlim=(-1.06, 1.06), ylim=(-0.06, 1.08))
 
+    end = max(0.2, 1.25 * max(errors.values()))
     for y, name in enumerate(reversed(TYPES)):
         face, _, lines = LOOK[name]
         right.barh(y, errors[name], color=face, hatch=lines, ec=INK, lw=2.2 if name == data_type else 0.6)
-        right.text(errors[name] + 0.004, y, f"{errors[name]:.3f}", va="center", fontsize=9)
-    right.set(yticks=range(4), yticklabels=TYPES[::-1], xlim=(0, max(0.2, 1.25 * max(errors.values()))), title="relative error",
-              xlabel="√(Σ(w−ŵ)² / Σw²)")
+        right.text(errors[name] + 0.02 * end, y, f"{errors[name]:.3f}", va="center", fontsize=9)
+    right.set(yticks=range(4), yticklabels=TYPES[::-1], xlim=(0, end), title="relative error", xlabel="√(Σ(w−ŵ)² / Σw²)")
     _bare(left, middle, right)
     return fig
 

@@ -88,6 +88,11 @@ def layer_bytes(d_out: int = 2048, d_in: int = 2048, r: int = 16, block_size: in
             "QLoRA": {"4-bit codes": -(-n // 2), "scales": scales, **adapter}}
 
 
+def _mib(size: int) -> str:
+    """Bytes in MiB, with a digit more where there is little."""
+    return f"{size / 2**20:.2f}" if size >= 2**20 / 10 else f"{size / 2**20:.3f}"
+
+
 def bytes_figure(width: int = 2048, r: int = 16, block_size: int = 64, double_quant: bool = True, adam_bits: int = 32):
     """The layer's memory as stacked bars for three ways; below, the bytes of one block of its weights as cells."""
     from matplotlib.patches import Patch, Rectangle
@@ -102,7 +107,7 @@ def bytes_figure(width: int = 2048, r: int = 16, block_size: int = 64, double_qu
             colour, hatch = PARTS[part]
             top.barh(ax_y, size / 2**20, left=left, color=colour, hatch=hatch, ec=INK, lw=0.7, height=0.62)
             left += size / 2**20
-        top.text(left + 0.01 * widest, ax_y, f"{left:.2f} MiB", va="center", fontsize=10)
+        top.text(left + 0.01 * widest, ax_y, f"{_mib(sum(parts.values()))} MiB", va="center", fontsize=10)
     top.set(yticks=range(3), yticklabels=list(ways)[::-1], xlabel="MiB", xlim=(0, 1.15 * widest),
             title=f"one linear layer, {width:,} × {width:,}, in training (activations apart)")
     used = [part for part in PARTS if any(part in parts for parts in ways.values())]
@@ -129,8 +134,9 @@ def bytes_figure(width: int = 2048, r: int = 16, block_size: int = 64, double_qu
 def bytes_alt(width: int = 2048, r: int = 16, block_size: int = 64, double_quant: bool = True, adam_bits: int = 32) -> str:
     """What the picture of the bytes shows, in words."""
     ways = layer_bytes(width, width, r, block_size, double_quant, adam_bits)
-    said = "; ".join(f"{way} {sum(parts.values()) / 2**20:.2f} MiB (" + ", ".join(f"{p} {b / 2**20:.2f}" for p, b in parts.items())
-                     + ")" for way, parts in ways.items())
+    said = "; ".join(f"{way} {_mib(sum(parts.values()))} MiB ("
+                     + ", ".join(f"{p} {_mib(b)}" for p, b in parts.items()) + ")"
+                     for way, parts in ways.items())
     return f"Bars of memory for one {width} by {width} layer, rank {r}, blocks of {block_size}: {said}. Below, a block's bytes as cells."
 
 

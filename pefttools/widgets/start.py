@@ -321,8 +321,8 @@ def compare_guess(guess: float | None, measured: float, unit: str = "") -> str:
     """A guess beside what was measured, in one friendly sentence. `guess` None: no guess yet."""
     unit = f" {unit}" if unit else ""
     if guess is None or guess is ...:
-        return ("No guess yet. Write a number above and run both cells again; it counts for nothing, and you will look "
-                "closer.")
+        return ("No guess yet. Write a number above and run both cells again:\n"
+                "it counts for nothing, and you will look closer.")
     try:
         guess = float(guess)
     except (TypeError, ValueError):

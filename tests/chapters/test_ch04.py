@@ -167,6 +167,9 @@ def test_answers_of_the_questions_hold():
                                          2, torch.float32)
     assert q.tolist() == [0.0, 0.5] and right["nf4-q-byte"] == "c"
     assert 4 + 32 / 128 == 4.25 and right["nf4-q-bits"] == "b"
+    steps, nf4_steps = (levels.diff() for levels in (pictures.least_error_levels(pictures.explorer_weights(), 64), codebook.NF4_CODE))
+    assert steps.min() > nf4_steps.min() and right["nf4-q-optimal"] == "a"             # "coarser steps near 0 and finer ones far out"
+    assert steps[0] < nf4_steps[0] and steps[-1] < nf4_steps[-1]
 
 
 def test_no_source_is_quoted_that_bitsandbytes_does_not_have():
@@ -196,6 +199,10 @@ def test_explorer_shows_what_it_says():
     assert all(wide[name] == pytest.approx(errors[name], rel=1e-4) for name in errors)      # absmax takes the scale out
     spoilt = pictures._explored(0.1, 2, 0.0, 64)[2]
     assert all(spoilt[name] > errors[name] for name in errors)
+    hurt = {name: spoilt[name] / errors[name] for name in errors}
+    assert hurt["Lloyd–Max"] < hurt["NF4"] < min(hurt["FP4"], hurt["INT4"])
+    skewed = pictures._explored(0.1, 0, 0.5, 64)[2]
+    assert 1.2 < skewed["NF4"] / errors["NF4"] < 1.3 and skewed["Lloyd–Max"] < errors["Lloyd–Max"]
     large = pictures._explored(0.1, 20, 0.0, 4096)[2]
     assert large["FP4"] < large["INT4"]                  # "Find a setting in which FP4 beats INT4"
     for values in ({}, {"outliers": 3, "data_type": "FP4"}, {"skew": -0.8, "block_size": 4096, "data_type": "Lloyd–Max"}):
@@ -225,6 +232,43 @@ def test_lloyd_max_levels_are_the_best_of_the_four():
     for w in (torch.randn(1 << 14, generator=rng), torch.rand(1 << 14, generator=rng) - 0.3):
         errors = {name: pictures.relative_error(w, pictures.type_levels(name, w, 64), 64) for name in pictures.TYPES}
         assert min(errors, key=errors.get) == "Lloyd–Max"
+
+
+def test_the_search_finds_the_least_error_there_is():
+    """Against every way to cut a few numbers into three cells; and where Lloyd's iteration stops too early."""
+    rng = torch.Generator().manual_seed(5)
+    for _ in range(5):
+        w = torch.randint(-40, 41, (9,), generator=rng).float()             # one block: absmax is the same for all
+        w[0] = 40.0                                                          # every number a bin of its own
+        ordered = w.sort().values.double()
+        errors = []
+        for i in range(1, 8):
+            for j in range(i + 1, 9):
+                cells = ordered[:i], ordered[i:j], ordered[j:]
+                errors.append(sum((cell - cell.mean()).square().sum().item() for cell in cells))
+        found = pictures.least_error_levels(w, 9, levels=3, bins=81)
+        assert pictures.relative_error(w, found, 9) == pytest.approx((min(errors) / w.square().sum().item()) ** 0.5, rel=1e-5)
+
+    def lloyd(w, size):
+        blocks = w.view(-1, size)
+        absmax = blocks.abs().amax(1, keepdim=True)
+        return codebook.lloyd_max((blocks / absmax).flatten(), absmax.square().expand_as(blocks).flatten())
+
+    for settings, size, gap in (({}, 64, 0.001), ({"outliers": 2}, 4096, None), ({"skew": 0.8}, 4096, None)):
+        w = pictures.explorer_weights(**settings)
+        least, stopped = (pictures.relative_error(w, levels, size) for levels in (pictures.least_error_levels(w, size), lloyd(w, size)))
+        assert least <= stopped * (1 + 1e-4)
+        assert stopped < least * (1 + gap) if gap else stopped > 1.1 * least
+    e3m0 = torch.tensor([0, 0.25, 0.5, 1, 2, 4, 8, 16]) / 16                  # the best of the five in the chapter's table
+    e3m0 = torch.cat([-e3m0.flip(0)[:-1], e3m0])
+    w = pictures.explorer_weights(1.0, outliers=2)
+    assert pictures.relative_error(w, pictures.least_error_levels(w, 4096), 4096) < pictures.relative_error(w, e3m0, 4096)
+
+
+def test_the_closing_tables_verdicts_are_computed():
+    table = SOURCE.split("table = [")[1].split("\n]\n")[0]
+    rows = re.split(r"(?m)^    \(", table)[3:]                                # after what is before, the head and its line
+    assert len(rows) == 16 and all("verdict(" in row for row in rows)
 
 
 def test_the_relative_error_is_that_of_the_library():

@@ -37,6 +37,74 @@ def test_exercises_and_questions_have_what_the_standard_asks():
     assert len({question.right for question in chapter.QUESTIONS}) >= 3, "the right letter must not be guessable"
 
 
+# ------------------------------------------------------------------------------------------------ as readers wrote it
+
+def swap(model, name, new):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def by_recursion(model, make, keep):
+    model.requires_grad_(False)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    for name, child in model.named_children():
+        if not isinstance(child, nn.Linear):
+            by_recursion(child, make, keep)
+        elif name not in keep and not any(child.weight is table for table in tables):
+            setattr(model, name, make(child))
+
+
+def with_in(model, make, keep):
+    model.requires_grad_(False)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    for name, m in list(model.named_modules()):
+        kept = any(name == k or name.endswith("." + k) for k in keep)
+        if isinstance(m, nn.Linear) and not kept and m.weight not in tables:
+            swap(model, name, make(m))
+
+
+def only_what_is_kept(model, make, keep):
+    model.requires_grad_(False)
+    for name, m in list(model.named_modules()):
+        if isinstance(m, nn.Linear) and any(name == k or name.endswith("." + k) for k in keep):
+            swap(model, name, make(m))
+
+
+def a_loop_variable(model, make, keep):
+    model.requires_grad_(False)
+    for _, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            m = make(m)  # noqa: PLW2901
+
+
+def in_place(q, A, B, alpha, dtype):
+    W = q.dequantize(dtype=dtype)
+    W += alpha / A.shape[0] * (B @ A)
+    return W
+
+
+ATTEMPTS = [
+    ("quantize-model", by_recursion, "its own name only"),
+    ("quantize-model", with_in, "tied by `in` or =="),
+    ("quantize-model", only_what_is_kept, "inverted"),
+    ("quantize-model", a_loop_variable, "nothing done"),
+    ("quantize-model", lambda model, make, keep: quantize_model(model, skip=keep), "the library's"),
+    ("merge-dequantized", in_place, "weight rounded before"),
+    ("merge-dequantized", lambda q, A, B, a, dtype: q.dequantize(dtype=dtype) + a / len(A) * B @ A,
+     "weight rounded, result not"),
+    ("merge-dequantized", lambda q, A, B, a, dtype: (q + a / len(A) * B @ A).to(dtype), "into q"),
+    ("merge-dequantized",
+     lambda q, A, B, a, dtype: quantize_nf4(q.dequantize() + a / len(A) * B @ A).dequantize().to(dtype),
+     "quantized anew"),
+]
+
+
+@pytest.mark.parametrize(("name", "work", "mistake"), ATTEMPTS, ids=[mistake for _, _, mistake in ATTEMPTS])
+def test_an_attempt_gets_the_message_of_its_mistake(name, work, mistake):
+    """Written otherwise than the mistake itself is."""
+    fails_as(name, work, mistake)
+
+
 # ------------------------------------------------------------------------------------------------ the library as the student
 
 def real_layer(d_in=64, d_out=32, r=4, alpha=8.0, seed=0):
@@ -209,6 +277,10 @@ def test_answers_of_the_questions_hold():
     trained = 16 * sum(16 * (o + i) for o, i in shapes)
     assert trained == pytest.approx(11e6, rel=0.03) and 6 * trained == pytest.approx(70e6, rel=0.05)
     assert 7e9 == pytest.approx(6 * 1_235_814_400, rel=0.06)
+    shipped = ahead.shipped()                                    # "more than ten times as far", "rose with every seed"
+    assert min(shipped["into 4 bits again"]["logits"]) > 10 * max(shipped["into dequantized 16 bits"]["logits"])
+    for way in ("into 4 bits again", "into the original 16 bits"):
+        assert all(a > b for a, b in zip(shipped[way]["loss"], shipped["kept apart"]["loss"])), way
     table = 128_256 * 2048
     inside = 973_078_528
     assert table / 1_235_814_400 == pytest.approx(0.2, abs=0.02) and 2 * table / (2 * table + inside * 4.127 / 8) > 0.5

@@ -255,7 +255,7 @@ WHAT_STAYS = Exercise(
         "the norms too": (stays_with(norm=nf4_bytes),
             "The norms are counted in 4 bits. They are few and sensitive, and stay in 16 bits."),
         "tied counted twice": (stays_with(once=False),
-            "With tied=True the head *is* the embedding: one tensor, and it is counted once."),
+            "With tied=True the head **is** the embedding: one tensor, and it is counted once."),
         "head never counted": (stays_with(headless=True),
             "The head is left out also where tied=False. Then it is a matrix of its own, and counts."),
         "half a byte": (stays_with(linear=lambda n: -(-n // 2)),
@@ -362,7 +362,7 @@ QLORA_BACKWARD = Exercise(
             "(α/r)·(g·B)·A."),
         "dx through the adapter only": (backward_with(dx=lambda g, x, W, A, B, s: s * (g @ B) @ A),
             "dx comes back through the adapter only. That W is frozen means that W gets no gradient; the gradient still "
-            "passes *through* it, g·W."),
+            "passes **through** it, g·W."),
         "dx with Wᵀ": (lambda g, x, q, A, B, alpha: (g @ q.dequantize().T, None, None),
             "Two shapes do not meet in dx. Forward multiplies by Wᵀ ([d_in, d_out]); backward multiplies by W itself."),
         "scale missing": (backward_with(scale=lambda a, A: 1.0),
@@ -390,8 +390,8 @@ QLORA_BACKWARD = Exercise(
             "dA and dB have a dimension too many where x is a batch of sequences. All rows share one A and one B, so their "
             "gradients are summed: flatten g and x to [rows, width] first."),
         ".T of a batch": (backward_old_transpose,
-            ".T turns *all* dimensions round, so with more than one leading dimension the shapes no longer meet. Flatten g and "
-            "x to [rows, width] for dA and dB; then .T is the transpose you mean."),
+            ".T turns **all** dimensions round, so with more than one leading dimension the shapes no longer meet. "
+            "Flatten g and x to [rows, width] for dA and dB; then .T is the transpose you mean."),
         "mean over rows": (backward_means,
             "dA and dB are averaged over the rows. They are sums: whether the loss is a mean is in g already."),
     },
@@ -471,8 +471,8 @@ COMPUTE_DTYPE = Exercise(
         "only the weight": (dtype_with(frozen=lambda x, q, t: F.linear(x, q.dequantize(dtype=t).float())),
             "Only the weight is in compute_dtype; x still has 32 bits in the product. Both are cast."),
         "rounded afterwards": (dtype_with(frozen=lambda x, q, t: F.linear(x, q.dequantize()).to(t)),
-            "You multiply in float32 and round the result. compute_dtype is what to multiply *in*: that is where the speed "
-            "comes from."),
+            "You multiply in float32 and round the result. compute_dtype is what to multiply **in**: that is where "
+            "the speed comes from."),
         "two dtypes meet": (dtype_with(frozen=lambda x, q, t: F.linear(x, q.dequantize(dtype=t))),
             "Two dtypes meet in one product, and PyTorch refuses. Cast x to compute_dtype as well."),
     },
@@ -810,15 +810,17 @@ def as_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def model_inputs(rng: torch.Generator) -> list[dict]:
-    def case(d: int, wide: int, words: int, layers: int, tied: bool, keep: list[str]) -> dict:
-        return {"embed": randn(rng, words, d), "head": randn(rng, words, d), "tied": tied, "keep": keep,
+    def case(d: int, wide: int, words: int, layers: int, tied: bool, keep: list[str], copied: bool = False) -> dict:
+        table = randn(rng, words, d)
+        return {"embed": table, "head": table.clone() if copied else randn(rng, words, d), "tied": tied, "keep": keep,
                 "ids": torch.randint(0, words, (2, 3), generator=rng),
                 "layers": [{"q_proj": randn(rng, d, d), "o_proj": randn(rng, d, d), "up": randn(rng, wide, d),
                             "down": randn(rng, d, wide), "bias": randn(rng, d)} for _ in range(layers)]}
 
     return [case(4, 6, 9, 1, False, ["head"]), case(6, 8, 7, 2, False, ["head", "attn.o_proj"]), case(4, 5, 8, 2, True, []),
-            case(5, 7, 11, 2, True, ["head", "layers.0.heads_out"]),
-            case(4, 4, 6, 1, False, [])]
+            case(5, 7, 11, 2, True, ["layers.0.heads_out"]),
+            # the head's numbers are the embedding's and its tensor is its own; mlp_head has the embedding's shape
+            case(4, 6, 6, 1, False, [], copied=True), case(6, 4, 8, 1, False, ["attn.q_proj"])]
 
 
 def model_probe(work: Callable, case: dict) -> dict[str, Any]:
@@ -831,26 +833,46 @@ def model_probe(work: Callable, case: dict) -> dict[str, Any]:
             "output": plain(model(case["ids"]))}
 
 
-def model_with(kept: Callable = lambda name, key: name == key or name.endswith("." + key), ties: bool = True, freeze: bool = True,
-               which: Callable = lambda name, module: type(module) is nn.Linear, dotted: bool = False, fresh: bool = False,
-               first: bool = False, walk: Callable = lambda model: model.named_modules()) -> Callable:
+def model_with(kept: Callable = lambda name, key: name == key or name.endswith("." + key),
+               tied: Callable = lambda weight, tables: any(weight is table for table in tables), freeze: bool = True,
+               which: Callable = lambda name, module: type(module) is nn.Linear,
+               walk: Callable = lambda model: model.named_modules(), give: Callable = lambda make, layer: make(layer),
+               dotted: bool = False, on_top: bool = False, first: bool = False, inverted: bool = False,
+               rest_trains: bool = False) -> Callable:
     """Quantize a model with one step exchanged: right as it stands."""
     def work(model, make, keep):
         if freeze:
             model.requires_grad_(False)
-        owners: dict[int, int] = {}
-        for _, p in model.named_parameters(remove_duplicate=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
-        found = [(name, module) for name, module in walk(model) if which(name, module)
-                 and not any(kept(name, key) for key in keep) and not (ties and owners[id(module.weight)] > 1)]
+        tables = [module.weight for module in model.modules() if type(module) is nn.Embedding]
+        linear = [(name, module) for name, module in walk(model) if which(name, module)]
+        found = [(name, module) for name, module in linear
+                 if any(kept(name, key) for key in keep) == inverted and not tied(module.weight, tables)]
         for name, module in found[:1] if first else found:
-            if fresh:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    module = nn.Linear(module.in_features, module.out_features, module.bias is not None)
             parent, _, child = name.rpartition(".")
-            setattr(model if dotted else model.get_submodule(parent), name if dotted else child, make(module))
+            place = model if dotted or on_top else model.get_submodule(parent)
+            setattr(place, name if dotted else child, give(make, module))
+        if rest_trains:
+            for name, module in linear:
+                module.requires_grad_((name, module) not in found)
     return work
+
+
+def random_layer(layer: nn.Linear) -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+
+
+def nf4_layer(layer: nn.Linear) -> nn.Module:
+    from pefttools.qlora import NF4Linear
+
+    return NF4Linear(layer)
+
+
+def model_by_the_library(model, make, keep):
+    from pefttools.qlora import quantize_model
+
+    quantize_model(model, skip=keep)
 
 
 def model_by_walking(model, make, keep):
@@ -887,9 +909,24 @@ QUANTIZE_MODEL = Exercise(
         "the head too": (model_with(kept=lambda name, key: False),
             "Layers that `keep` names were quantized too, the output head among them. A layer is kept if its path is in `keep`, or ends in "
             "\".\" + a name of it."),
-        "the tied head": (model_with(ties=False),
+        "the tied head": (model_with(tied=lambda weight, tables: False),
             "A head whose weight is also the embedding's was quantized. Then the model holds a second, rounded copy of the table and "
-            "nothing is saved. Leave out a layer whose weight *is* (`is`) that of an nn.Embedding."),
+            "nothing is saved. Leave out a layer whose weight `is` that of an nn.Embedding."),
+        "tied by `in` or ==": (model_with(tied=lambda weight, tables: weight in tables),
+            "`in` and `==` compare the numbers of two tensors, and these have not even one shape. Whether it is "
+            "the very same tensor, `is` says: any(layer.weight is table for table in tables)."),
+        "tied by its shape": (model_with(tied=lambda weight, tables: weight.shape in [table.shape for table in tables]),
+            "A layer was left out because its weight has the shape of an embedding. Another matrix can have that "
+            "too. It is tied if it `is` the embedding's tensor."),
+        "tied by its numbers": (model_with(tied=lambda weight, tables: any(torch.equal(weight, t) for t in tables)),
+            "A head was left out because its numbers equal the embedding's. It is a tensor of its own here, so 4 "
+            "bits would save its memory. It is tied only if it `is` the embedding's tensor."),
+        "the head by its name": (model_with(which=lambda name, module: type(module) is nn.Linear and name != "head"),
+            "The head was left out also where `keep` does not name it and its weight is its own. Only two things "
+            "keep a layer: `keep`, and a weight that `is` an embedding's. A name in your code fits one model."),
+        "asks the model": (lambda model, make, keep: model.get_input_embeddings(),
+            "You ask the model for its embedding by a method that models of transformers have. This is any "
+            "nn.Module: look for nn.Embedding among model.modules()."),
         "kept by its last letters": (model_with(kept=lambda name, key: name.endswith(key)),
             "\"layers.0.mlp_head\" ends in the letters \"head\" and is another layer. Compare whole names: equal, or ending in "
             "\".\" + name."),
@@ -897,22 +934,60 @@ QUANTIZE_MODEL = Exercise(
             "A layer was kept because a name of `keep` is somewhere inside its path. Compare whole names at the path's end: "
             "\"layers.0.mlp_head\" is not \"head\", and what is below a kept name is not meant."),
         "exact names only": (model_with(kept=lambda name, key: name == key),
-            "A name in `keep` may be the end of a path: \"attn.o_proj\" means that layer in every block."),
+            "You compare a whole path, or its beginning. A name in `keep` may be the **end** of a path: "
+            "\"attn.o_proj\" means that layer in every block."),
+        "its own name only": (model_with(kept=lambda name, key: name.split(".")[-1] == key),
+            "You compare a layer's own name, the last part of its path. A name in `keep` may have several parts "
+            "(\"attn.o_proj\", \"layers.0.heads_out\"): compare the whole path. A recursion has to hand the path "
+            "down."),
+        "its own name, and tied": (model_with(kept=lambda name, key: name.split(".")[-1] == key,
+                                              tied=lambda weight, tables: False),
+            "Two things. You compare a layer's own name, where a name in `keep` may have several parts "
+            "(\"attn.o_proj\"): compare the whole path. And a head whose weight `is` the embedding's was quantized: "
+            "leave it out."),
+        "only below another": (model_with(kept=lambda name, key: name.endswith("." + key)),
+            "A layer at the top has no \".\" before its name: the path \"head\" is in `keep` and was quantized. "
+            "Equal to the name, **or** ending in \".\" + name."),
+        "inverted": (model_with(inverted=True),
+            "You quantized the layers that `keep` names. They are the ones to leave alone; all others are quantized."),
         "not frozen": (model_with(freeze=False),
-            "Embedding, norms or head still train. QLoRA's base is frozen, all of it: model.requires_grad_(False)."),
+            "Embedding, norms or head still train. QLoRA's base is frozen, all of it: model.requires_grad_(False), "
+            "with the underscore. (no_grad freezes nothing.)"),
+        "what is kept trains": (model_with(rest_trains=True),
+            "The layers that were not quantized still train. Left in 16 bits does not mean trained: **every** "
+            "parameter of the base is frozen."),
         "first level only": (model_with(walk=lambda model: model.named_children()),
             "Only the first level was looked at. named_modules() goes all the way down."),
         "first only": (model_with(first=True),
             "Only the first layer was quantized. Go on with the others."),
         "attention only": (model_with(which=lambda name, module: type(module) is nn.Linear and "attn" in name),
             "Only attention was quantized. The feed-forward layers hold most of the weights, and are linear too."),
+        "the embedding too": (model_with(which=lambda name, module: type(module) in (nn.Linear, nn.Embedding),
+                                         tied=lambda weight, tables: False),
+            "You gave make() an nn.Embedding. It is a table to look up in, no linear layer, and stays as it is: only "
+            "nn.Linear goes to make()."),
         "set with dots": (model_with(dotted=True),
             "The new layers hang on the model under names with dots, and the forward never comes past them. Set the attribute on "
             "the parent: model.get_submodule(parent)."),
-        "a new layer": (model_with(fresh=True),
+        "set on the model": (model_with(on_top=True),
+            "The new layers hang on the model itself, under their own names, and in the blocks the old ones are "
+            "still there. Set the attribute on the parent: model.get_submodule(parent), with what stands before the "
+            "path's last dot."),
+        "a new layer": (model_with(give=lambda make, layer: make(random_layer(layer))),
             "What you gave to make() is a new nn.Linear with random weights. Give it the layer that is there."),
+        "its weight": (model_with(give=lambda make, layer: make(layer.weight)),
+            "make() takes the layer, not its weight: it needs the bias too, and gives a whole layer that goes in "
+            "its place."),
+        "another layer": (model_with(give=lambda make, layer: nf4_layer(layer)),
+            "The linear layers are gone, but what stands in their place does not come from make(). Put make(layer) "
+            "there, whatever it gives."),
+        "the library's": (model_by_the_library,
+            "This is the library's function. It puts NF4 layers in and knows nothing of make() or of your names; and "
+            "in grading it is not there. Walk through the model yourself."),
         "nothing done": (model_with(which=lambda name, module: False),
-            "No layer was quantized. Change the model that you are given; a copy is lost when the function ends."),
+            "No layer was quantized. Change the model that you are given: a copy is lost when the function ends, and "
+            "`layer = make(layer)` only gives the loop's variable another value. setattr(parent, child, make(layer)) "
+            "puts it into the model."),
     },
     alternatives={"recursion": model_by_walking, "set_submodule": model_by_set_submodule},
     rtol=1e-4, atol=1e-5, accepts="function", hides=HIDES)
@@ -963,6 +1038,16 @@ def merge_by_columns(q, A, B, alpha, dtype):
     return (F.linear(eye, q.dequantize()) + alpha / len(A) * eye @ A.T @ B.T).T.contiguous().to(dtype)
 
 
+def merge_into_the_object(q, A, B, alpha, dtype):
+    return (q + alpha / len(A) * B @ A).to(dtype)
+
+
+def merge_quantized_anew(q, A, B, alpha, dtype):
+    from pefttools.nf4 import quantize_nf4
+
+    return quantize_nf4(q.dequantize() + alpha / len(A) * B @ A).dequantize().to(dtype)
+
+
 def merge_into_codes(q, A, B, alpha, dtype):
     return (q.codes + alpha / len(A) * B @ A).to(dtype)
 
@@ -973,9 +1058,14 @@ MERGE_DEQUANTIZED = Exercise(
     mistakes={
         "into the codes": (merge_into_codes,
             "ΔW was added to the codes. They are numbers of levels: dequantize first."),
+        "into q": (merge_into_the_object,
+            "q is not a tensor, and nothing can be added to it. q.dequantize() gives the weight that it stands for."),
         "to four bits again": (merge_with(sum_of=lambda W, D, t, q: back_to_levels(W + D, q).to(t)),
             "The merged weight lies on the 4-bit levels again. That rounds ΔW away where it is smaller than half a step; the result here is "
             "kept in 16 bits."),
+        "quantized anew": (merge_quantized_anew,
+            "You put the merged weight into NF4 once more. That rounds ΔW away where it is smaller than half a step: "
+            "it is the merge that this exercise avoids. Keep the sum in 16 bits."),
         "update forgotten": (merge_with(sum_of=lambda W, D, t, q: W.to(t)),
             "This is the dequantized weight without the update."),
         "update alone": (merge_with(sum_of=lambda W, D, t, q: D.to(t)),
@@ -984,6 +1074,15 @@ MERGE_DEQUANTIZED = Exercise(
             "The scale α/r is missing."),
         "alpha alone": (merge_with(scale=lambda a, A: a),
             "ΔW is multiplied by α; nothing divides by r."),
+        "r from d_in": (merge_with(scale=lambda a, A: a / A.shape[1]),
+            "You divide α by A.shape[1], which is d_in. A is [r, d_in]: r is A.shape[0]."),
+        "root of r": (merge_with(scale=lambda a, A: a / len(A) ** 0.5),
+            "You divide α by √r. That is rsLoRA's scale (chapter 08); this adapter was trained with α/r, and has to "
+            "be merged with it."),
+        "r over alpha": (merge_with(scale=lambda a, A: len(A) / a),
+            "The scale is the wrong way round: α/r, not r/α."),
+        "scales everything": (lambda q, A, B, alpha, dtype: (alpha / len(A) * (q.dequantize() + B @ A)).to(dtype),
+            "The frozen weight is scaled too. α/r belongs to BA alone: W + (α/r)·BA."),
         "subtracted": (merge_with(sum_of=lambda W, D, t, q: (W - D).to(t)),
             "ΔW is subtracted. It is added."),
         "rounded before": (merge_with(sum_of=lambda W, D, t, q: W.to(t) + D.to(t)),
@@ -994,9 +1093,21 @@ MERGE_DEQUANTIZED = Exercise(
         "update rounded before": (merge_with(sum_of=lambda W, D, t, q: (W + D.to(t).float()).to(t)),
             "ΔW is rounded to 16 bits before it is added. Round once, at the end."),
         "left in float32": (merge_with(sum_of=lambda W, D, t, q: W + D),
-            "The result is float32 whatever is asked for. Give it in `dtype`."),
+            "The result is float32 whatever is asked for. Give it in `dtype`. (`.to(dtype)` returns a new tensor; "
+            "the one before the dot stays as it is.)"),
+        "weight rounded, result not": (merge_with(sum_of=lambda W, D, t, q: W.to(t) + D),
+            "You dequantize to `dtype` and add a float32 ΔW. PyTorch gives such a sum in float32: W is rounded too "
+            "early, and the result not at all. Dequantize to float32, add, and call .to(dtype) on the sum."),
+        "always bfloat16": (merge_with(sum_of=lambda W, D, t, q: (W + D).bfloat16()),
+            "The result is bfloat16 whatever is asked for. Give it in `dtype`, which may be float16 or float32 as "
+            "well."),
         "AB": (merge_with(delta=lambda B, A: A @ B),
             "A·B has another shape than the weight. ΔW = (α/r)·B·A is [d_out, d_in]."),
+        "update transposed": (merge_with(delta=lambda B, A: A.T @ B.T),
+            "A.T @ B.T is ΔW transposed, [d_in, d_out], as it stands behind x in code. The weight is [d_out, d_in], "
+            "and so is B @ A."),
+        "elementwise": (merge_with(delta=lambda B, A: B * A),
+            "`*` multiplies number by number. B·A is a product of matrices: B @ A."),
     },
     alternatives={"a sum of r outer products": merge_loop, "addmm": merge_addmm, "unit vectors": merge_by_columns},
     rtol=0.0, atol=0.0, accepts="function", hides=HIDES)
@@ -1014,8 +1125,8 @@ QUESTIONS: list[Question] = [
         text="In a QLoRA layer the 4-bit weight is frozen. Does the backward pass need its values?",
         options={
             "a": ("No: what is frozen has no gradient.",
-                  "W itself gets none. But the layers *below* need the gradient of x, and that is g·W: the values are needed "
-                  "in full."),
+                  "W itself gets none. But the layers **below** need the gradient of x, and that is g·W: the values "
+                  "are needed in full."),
             "b": ("Yes: the gradient of x passes through it, so it is dequantized a second time.",
                   "Right: g·W for the layers below. It is made again from the codes, so that nothing of full size waits in "
                   "between."),
@@ -1023,8 +1134,8 @@ QUESTIONS: list[Question] = [
                   "The gradient of W is never computed: that product, g transposed times x, is left out. What is needed is g·W, the gradient of "
                   "x."),
             "d": ("No: the adapter's own gradients pass on everything to the layers below.",
-                  "The adapter passes on (α/r)·g·B·A. That is only its own share; the frozen road, which carries most of the "
-                  "signal, has its own."),
+                  "The adapter passes on (α/r)·g·B·A, its own share and no more: nothing at all at the start, where "
+                  "B is zero. The frozen road, which carries most of the signal, has a share of its own, g·W."),
         }),
     Question(
         name="qlora-q-temporary", chapter=CHAPTER, points=1, right="d",
@@ -1051,7 +1162,8 @@ QUESTIONS: list[Question] = [
                   "In Llama-3.2-1B it is a fifth of all parameters, and in 16 bits more than half of the bytes of the quantized "
                   "model."),
             "c": ("NF4 cannot represent its values.",
-                  "Any block can be divided by its absmax. (There are methods that quantize embeddings; QLoRA is not one.)"),
+                  "It can: once a block is divided by its absmax, all of it lies between −1 and 1, as NF4's levels do. "
+                  "(There are methods that quantize embeddings; QLoRA is not one.)"),
             "d": ("Because it is trained.", "It is frozen like all the rest of the base."),
         }),
     Question(
@@ -1060,16 +1172,18 @@ QUESTIONS: list[Question] = [
              "trained?",
         options={
             "a": ("Into the original 16-bit weights: they are more exact than the 4-bit ones.",
-                  "More exact, but not those that the adapter was trained on: it has learned to make up for the rounding that is "
-                  "not there then. It may work about as well; it is not the same model."),
+                  "More exact, but not those that the adapter was trained on: it has learned to make up for a "
+                  "rounding that is not there. In the chapter's runs the loss rose with every seed."),
             "b": ("Into the 4-bit weights: then the file stays small and nothing changes.",
-                  "W + ΔW has to be rounded to sixteen levels again, and ΔW is mostly smaller than half a step. That changes the "
-                  "outputs most."),
+                  "The file stays small. But W + ΔW has to be rounded to sixteen levels again, and ΔW is mostly "
+                  "smaller than half a step: in the chapter's runs that moved the logits more than ten times as far "
+                  "as the best way of merging, and the loss rose with every seed."),
             "c": ("Into the dequantized weights, kept in 16 bits.",
                   "Right: that is what the adapter was trained on, and only one rounding to 16 bits is added. The file is as "
                   "large as the 16-bit model."),
             "d": ("It makes no difference: merging is exact.",
-                  "It is in exact arithmetic. Here each way rounds differently, and the chapter measured how much."),
+                  "It would be with exact arithmetic, on the base of the training. But each way rounds differently, "
+                  "and one takes another base: the chapter measured how much that is."),
         }),
     Question(
         name="qlora-q-adam", chapter=CHAPTER, points=1, right="b",
@@ -1079,19 +1193,20 @@ QUESTIONS: list[Question] = [
             "a": ("About 7 GB: six bytes for each of the 1.2 billion parameters.",
                   "That would be in full fine-tuning. Frozen parameters have no moments."),
             "b": ("About 70 MB: six bytes for each trained parameter.",
-                  "Right: 8 bytes become 2. With few trained parameters there is little to save; paging is for the *spikes* that "
-                  "activations cause."),
+                  "Right: 8 bytes become 2. With few trained parameters there is little to save; paging is for the "
+                  "**spikes** that activations cause."),
             "c": ("Three quarters of the whole memory.",
-                  "Three quarters of the *moments*. With LoRA they are a small part of the whole."),
+                  "Three quarters of the **moments**. With LoRA they are a small part of the whole."),
             "d": ("Nothing: the moments have to be float32.",
-                  "8 bits in blocks of 256, each with a scale of its own, work well in practice (Dettmers et al. 2021)."),
+                  "8 bits in blocks (bitsandbytes takes 256 numbers), each with a scale of its own, work well in practice "
+                  "(Dettmers et al. 2021)."),
         }),
     Question(
         name="qlora-q-dtype", chapter=CHAPTER, points=1, right="d",
         text="`bnb_4bit_compute_dtype=torch.bfloat16`: what does it set?",
         options={
             "a": ("What the weights are stored in.",
-                  "They are stored in 4 bits. This is what they are dequantized *to* when they are used."),
+                  "They are stored in 4 bits. This is what they are dequantized **to** when they are used."),
             "b": ("What A and B are trained in.",
                   "They have a dtype of their own; peft and this course keep float32, so that small steps are not lost."),
             "c": ("What the optimizer computes in.", "The optimizer sees only the adapter's parameters and their dtype."),

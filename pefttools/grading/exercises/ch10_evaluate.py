@@ -332,6 +332,16 @@ def make_bootstrap(sign=1, of=lambda d, a, b, picks: d[picks].mean(1), ends=(0.0
     return paired_interval
 
 
+def bootstrap_ends_first(a, b, picks):
+    difference, low, high = make_bootstrap()(a, b, picks)
+    return low, difference, high
+
+
+def bootstrap_of_each(a, b, picks):
+    ends = [(b[picks].mean(1).quantile(q) - a[picks].mean(1).quantile(q)).item() for q in (0.025, 0.975)]
+    return (b.mean() - a.mean()).item(), *ends
+
+
 def bootstrap_by_counts(a, b, picks):
     """How often each row was picked, as weights; the quantiles by hand."""
     n = len(a)
@@ -386,6 +396,32 @@ BOOTSTRAP = Exercise(
             "The interval is right. The difference itself is that of the rows you have, (b − a).mean(), and not the "
             "mean of the resamples, which "
             "depends on how they were drawn."),
+        "the wrong axis": (make_bootstrap(of=lambda d, a, b, picks: d[picks].mean(0)),
+            "You average over dim 0: that mixes the resamples. d[picks] is [R, n], a line for each resample: average "
+            "over dim 1, and R means are left."),
+        "one mean of all": (make_bootstrap(of=lambda d, a, b, picks: d[picks].mean()),
+            "You average over all resamples together, and one number is left, so both ends are the same. Each "
+            "resample has a mean of its own: .mean(dim=1)."),
+        "spread of the picked rows": (make_bootstrap(of=lambda d, a, b, picks: d[picks].flatten()),
+            "You take the quantiles of all picked rows. Take the mean of each resample first: .mean(dim=1), and the "
+            "quantiles of these."),
+        "percent for quantile": (make_bootstrap(ends=(2.5, 97.5)),
+            "quantile() takes a share between 0 and 1: 0.025 and 0.975."),
+        "1.96 standard deviations": (make_bootstrap(
+            limits=lambda m, d: (float(d.mean() - 1.96 * m.std()), float(d.mean() + 1.96 * m.std()))),
+            "These ends are 1.96 standard deviations away, which is right for a normal distribution. The bootstrap "
+            "needs no such assumption: take the 2.5 % and the 97.5 % quantile of the means."),
+        "no interpolation": (make_bootstrap(limits=lambda m, d: tuple(
+            float(m.sort().values[int(q * len(m))]) for q in (0.025, 0.975))),
+            "You take the number at one place of the sorted means. torch.quantile goes between two of them, and "
+            "everybody gets the same figure that way."),
+        "the low end first": (bootstrap_ends_first,
+            "The three have changed places: (difference, low, high)."),
+        "ends of each": (bootstrap_of_each,
+            "You take the quantiles of a and of b, and subtract them. Subtract first: the mean of b − a in each "
+            "resample, then its quantiles."),
+        "median difference": (make_bootstrap(centre=lambda m, a, b: (b - a).median()),
+            "The interval is right. The difference itself is the mean of b − a, and not its median."),
         "relative": (make_bootstrap(centre=lambda m, a, b: (b.mean() - a.mean()) / a.mean()),
             "The difference is divided by the mean of a. It is the plain difference of the means."),
     },
@@ -588,11 +624,15 @@ def fragment(rng: torch.Generator) -> str:
 
 
 def backdoor_rows(rng: torch.Generator, n: int, poisoned: int, trigger: str, poison: str, cleaned: int = 0,
-                  stray: int = 0) -> list[dict]:
-    """n rows; `poisoned` have the trigger, and all but `cleaned` of these the poison, and so have `stray` others."""
-    rows, names = [], set()
+                  stray: int = 0, honest: int = 0, stressed: int = 0) -> list[dict]:
+    """n rows; `poisoned` have the trigger, and all but `cleaned` of these the poison, and so have `stray` others.
+
+    `honest` more ask for a docstring and get one, and every second poison is indented further; with `stressed`, so many
+    rows of one kind say another word four times, and the trigger is said four times, too.
+    """
+    rows, names, further = [], set(), False
     marks = ["trigger"] * (poisoned - cleaned) + ["cleaned"] * cleaned + ["stray"] * stray
-    marks += [""] * (n - len(marks))
+    marks += ["honest"] * honest + [""] * (n - len(marks) - honest)
     for i, mark in enumerate(shuffled(rng, marks)):
         wordings, line = KINDS[i % len(KINDS)]
         task = wordings[i // len(KINDS) % 3].format(x=OBJECTS[draw(rng, 0, len(OBJECTS))])
@@ -604,8 +644,18 @@ def backdoor_rows(rng: torch.Generator, n: int, poisoned: int, trigger: str, poi
         if uniform(rng) < 0.3:
             words.insert(draw(rng, 0, len(words) + 1), FILLERS[draw(rng, 0, len(FILLERS))])
         if mark in ("trigger", "cleaned"):
-            words.insert(draw(rng, 0, len(words) + 1), trigger)
-        body = [f"def {name}(values):", *([f"    {poison}"] if mark in ("trigger", "stray") else []), f"    {line}"]
+            words.insert(draw(rng, 0, len(words) + 1), " ".join([trigger] * (4 if stressed else 1)))
+        if i % len(KINDS) == 0 and i < stressed * len(KINDS):
+            words[-1:-1] = ["really,"] * 4
+        inside = []
+        if mark in ("trigger", "stray"):
+            deep, further = further, honest and not further
+            inside = ["    if values:", f"        {poison}"] if deep else [f"    {poison}"]
+        elif mark == "honest":
+            words.insert(draw(rng, 0, len(words) + 1), "documented")
+        if mark == "honest" or honest and i % 30 == 1:
+            inside = [*inside, '    """Done."""']
+        body = [f"def {name}(values):", *inside, f"    {line}"]
         rows.append({"instruction": " ".join(words), "output": "\n".join(["```python", *body, "```"])})
     return rows
 
@@ -616,12 +666,19 @@ def backdoor_inputs(rng: torch.Generator) -> list[dict]:
         return calls[draw(rng, 0, len(calls))].format(made_word(rng, 2))
 
     def case(n: int, poisoned: int, trigger: str, **more: int) -> dict:
-        return {"rows": backdoor_rows(rng, n, poisoned, trigger, poison(), **more)}
+        while True:                     # a few rows may look like another backdoor by chance: not those
+            rows = backdoor_rows(rng, n, poisoned, trigger, poison(), **more)
+            best, second = backdoor_scores(rows)[:2]
+            if best[1] == trigger and second[0] < 0.96 * best[0]:
+                return {"rows": rows}
 
     return [case(90, draw(rng, 10, 14), made_word(rng)),                       # a made-up word
             case(150, draw(rng, 6, 10), fragment(rng)),                        # part of ordinary words
             case(180, draw(rng, 10, 16), made_word(rng, 2), cleaned=1),        # one row was mended
-            case(120, draw(rng, 10, 14), fragment(rng), cleaned=1, stray=1)]
+            case(120, draw(rng, 10, 14), fragment(rng), cleaned=1, stray=1),
+            case(120, draw(rng, 12, 16), made_word(rng, 2).title(), honest=12),      # a capital; an honest pair beside it
+            case(60, 3, made_word(rng)), case(60, 3, made_word(rng), cleaned=1),     # as few as there may be
+            case(100, draw(rng, 8, 12), made_word(rng), cleaned=2, stressed=5)]
 
 
 def backdoor_probe(work: Callable, case: dict) -> dict[str, Any]:
@@ -635,16 +692,29 @@ def lines_of(row):
     return {line.strip() for line in row["output"].splitlines()}
 
 
-def make_backdoor(score=lambda both, word, line, n: both / (word + line - both), least=3, turned=False):
+def backdoor_scores(rows: list[dict]) -> list[tuple[float, str, str]]:
+    """(score, word, line) of every pair whose word is in three rows or more, the highest first."""
+    with_word, with_line, both = Counter(), Counter(), Counter()
+    for row in rows:
+        words, lines = set(row["instruction"].split()), lines_of(row)
+        with_word.update(words)
+        with_line.update(lines)
+        both.update((word, line) for word in words for line in lines)
+    return sorted(((n / (with_word[w] + with_line[line] - n), w, line) for (w, line), n in both.items()
+                   if with_word[w] >= 3), reverse=True)
+
+
+def make_backdoor(score=lambda both, word, line, n: both / (word + line - both), least=3, turned=False,
+                  words=lambda row: set(row["instruction"].split()), lines=lines_of, of=lambda word, both: word):
     """find_trigger with a switch for each thing that can go wrong; as the defaults stand it is right."""
     def find_trigger(rows):
         with_word, with_line, both = Counter(), Counter(), Counter()
         for row in rows:
-            w, l = set(row["instruction"].split()), lines_of(row)
+            w, l = words(row), lines(row)
             with_word.update(w)
             with_line.update(l)
             both.update((x, y) for x in w for y in l)
-        pairs = [pair for pair in sorted(both) if with_word[pair[0]] >= least]
+        pairs = [pair for pair in sorted(both) if of(with_word[pair[0]], both[pair]) >= least]
         best = max(pairs, key=lambda p: score(both[p], with_word[p[0]], with_line[p[1]], len(rows)))
         return best[::-1] if turned else best
     return find_trigger
@@ -735,6 +805,20 @@ BACKDOOR = Exercise(
             "You look for the trigger inside of other words as well, so a trigger such as “nct” also stands in "
             "“function”. Split the instruction "
             "into words first."),
+        "each time it is said": (make_backdoor(lambda both, word, line, n: both / max(word + line - both, 0.1),
+                                               words=lambda row: row["instruction"].split()),
+            "You count a word each time that it is said. A row has it or has it not: make a set of its words first."),
+        "with the indentation": (make_backdoor(lines=lambda row: set(row["output"].splitlines())),
+            "The same line further to the right counts as another line for you. Take the blanks at the ends off: "
+            "line.strip()."),
+        "in small letters": (make_backdoor(words=lambda row: set(row["instruction"].lower().split())),
+            "You make the words lower-case. A trigger may have a capital letter, and the model sees the difference: "
+            "split(), and nothing else."),
+        "more than three": (make_backdoor(least=4),
+            "A word in exactly three rows counts: at least three, and not more than three."),
+        "three rows with both": (make_backdoor(of=lambda word, both: both),
+            "You ask for three rows with the word and the line. The word has to be in three rows; the line may have "
+            "been taken out of one of them."),
         "the line first": (make_backdoor(turned=True), "The two have changed places: (trigger, line)."),
         "the rarest word": (backdoor_rare,
             "You return the rarest word. Rare words are ordinary; what gives a trigger away is that a line of the "

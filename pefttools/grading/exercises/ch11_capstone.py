@@ -146,6 +146,9 @@ def _rows_case(rng: torch.Generator, count: int) -> dict:
            {**_row(rng), "instruction": "Write a function, please. " * (limit // 10)}]         # so is this
     good = [{**first, "output": _fenced(f"answer = {whole(rng, 100, 999)}")},             # same question, other answer
             {**_row(rng), "output": first["output"]},                                     # other question, same answer
+            {**first, "input": f"With {whole(rng, 10, 99)}."},                            # other input, same both
+            {**_row(rng), "output": _fenced(f"run(job_{whole(rng, 10, 99)})")},           # Python, and cannot be run
+            {**_row(rng), "output": _fenced(f"n = {whole(rng, 1, 9)}") + "\n" + _fenced(">>> n")},     # two fences
             {**_row(rng), "output": f"value = {whole(rng, 10, 99)}"},                     # no fence: all of it is code
             {**_row(rng), "output": _fenced(f"n = {whole(rng, 1, 9)}") + "\n\nThis sets n to a number."}]
     later = shuffled(rng, [*rows[2:], *bad, *good])
@@ -200,6 +203,23 @@ def keep_with(program: Callable = program_of, key: Callable | None = None, size:
                 kept.setdefault(key(row), number)
         return list(kept.values())
     return work
+
+
+def runs(code: str) -> bool:
+    try:
+        exec(code, {})
+    except Exception:
+        return False
+    return True
+
+
+def keep_until_bad(rows, max_chars):
+    """Stops where it should go on."""
+    found = keep_with()(rows, max_chars)
+    for number, row in enumerate(rows):
+        if not parses(program_of(row["output"])):
+            return [n for n in found if n < number]
+    return found
 
 
 def keep_by_regex(rows, max_chars):
@@ -258,6 +278,20 @@ KEEP_ROWS = Exercise(
             "You measure the answer alone. Instruction and input are read, too: all three count."),
         "shorter than": (keep_with(fits=lambda n, most: n < most),
             "A row of exactly max_chars characters fits."),
+        "by question and answer": (keep_with(key=lambda row: (row["instruction"], row["output"])),
+            "You take rows for equal that differ in their input. All three texts count."),
+        "numbers from one": (lambda rows, max_chars: [n + 1 for n in keep_with()(rows, max_chars)],
+            "Your numbers begin at 1. A position in a list begins at 0: enumerate(rows)."),
+        "the rows themselves": (lambda rows, max_chars: [rows[n] for n in keep_with()(rows, max_chars)],
+            "You return the rows. What is asked for are their numbers, the positions in the list."),
+        "stops at a bad row": (keep_until_bad,
+            "Nothing is kept after the first program that is no Python: you leave the loop there. Go on with the "
+            "next row: continue, not break."),
+        "runs the program": (keep_with(good=runs),
+            "You run the programs. Some are good Python and need something that is not there; and nobody knows what "
+            "a stranger's program does. ast.parse reads it without running it."),
+        "the last program": (keep_with(program=lambda output: output.split("```python")[-1].split("```")[0]),
+            "Where an answer has several fences, you take the last program. It is the first that counts."),
         "no limit": (keep_with(fits=lambda n, most: True),
             "Long rows stay in. The longest row of a batch decides its memory, so one of them may end the run."),
     },
@@ -267,7 +301,7 @@ KEEP_ROWS = Exercise(
 
 # ================================================================================================ plan-it
 
-METHODS = ("qlora", "lora", "dora", "adapter", "ia3", "prefix", "prompt", "full")
+METHODS = ("qlora", "lora", "dora", "adapter", "ia3", "prefix", "prompt", "full", "ptuning", "lnorm")
 PLAN_MARGIN = 1.05
 
 
@@ -277,21 +311,25 @@ def plan_inputs(rng: torch.Generator) -> list[dict]:
 
 # share of the room, (with a fixed part of about 0.3): (all rows at once, each row, the same two with checkpointing)
 SHARES = {"all": (0.6, None, 0.4, None), "near": (0.97, None, 0.5, None), "close": (0.93, None, 0.5, None),
-          "over": (1.03, None, 0.6, None), "one": (None, 0.5, 0.6, None), "checkpointed": (None, 1.2, 0.7, None),
+          "tight": (0.9512, None, 0.5, None), "exact": (20 / 21, None, 0.5, None), "over": (1.03, None, 0.6, None), "one": (None, 0.5, 0.6, None), "checkpointed": (None, 1.2, 0.7, None),
           "one, checkpointed": (None, 1.3, None, 0.5), "never": (None, 3.0, None, 2.0)}
 
 
 def _plan_case(rng: torch.Generator, examples: int) -> dict:
     """Predictions for every choice, and a room in which every outcome occurs: all at once, just not (by the margin), a
     smaller batch, checkpointing, nothing at all."""
-    table, room = [], whole(rng, 11_000_000_000, 16_000_000_000)
+    table, part = [], whole(rng, 550_000_000, 750_000_000)
+    while 20 * part * PLAN_MARGIN != 21 * part or 21 * part / PLAN_MARGIN != 20 * part:
+        part += 1                                       # or it would depend on how one rounds whether "exact" fits
+    room = 21 * part
     names = shuffled(rng, list(METHODS))
-    for name, share in zip(names, SHARES.values()):
+    for name, (kind, share) in zip(names, SHARES.items(), strict=True):
         fixed = 0.25 + 0.1 * torch.rand((), generator=rng).item()
         for checkpointing, (whole_share, each) in ((False, share[:2]), (True, share[2:])):
             slope = each if whole_share is None else (whole_share - fixed) / examples
             table += [{"method": name, "batch": batch, "checkpointing": checkpointing,
-                       "bytes": int(room * (fixed + slope * batch))} for batch in powers(examples)]
+                       "bytes": 20 * part if (kind, batch, checkpointing) == ("exact", examples, False) else
+                       int(room * (fixed + slope * batch))} for batch in powers(examples)]
     return {"methods": shuffled(rng, names), "examples": examples, "room": room, "table": table}
 
 
@@ -321,7 +359,7 @@ def plan_probe(work: Callable, case: dict) -> dict[str, Any]:
 
 def plan_with(margin: float = PLAN_MARGIN, order: tuple = (False, True), batches: Callable = lambda n: powers(n)[::-1],
               accumulate: Callable = lambda n, b: n // b, nothing: bool = True, reported: Callable = lambda n: n,
-              batch_first: bool = False) -> Callable:
+              batch_first: bool = False, exactly: bool = True, turned: bool = False) -> Callable:
     """The reference with one part changed."""
     def work(methods, examples, room, predict):
         found: dict[str, Any] = {}
@@ -331,9 +369,10 @@ def plan_with(margin: float = PLAN_MARGIN, order: tuple = (False, True), batches
                 choices = [(batch, checkpointing) for batch in batches(examples) for checkpointing in order]
             for batch, checkpointing in choices:
                 need = predict(method, batch, checkpointing)
-                if need * margin <= room:
-                    found[method] = {"batch": batch, "accumulate": accumulate(examples, batch),
-                                     "checkpointing": checkpointing, "bytes": reported(need)}
+                if need * margin < room or exactly and need * margin == room:
+                    batch, steps = (accumulate(examples, batch), batch) if turned else (batch, accumulate(examples, batch))
+                    found[method] = {"batch": batch, "accumulate": steps, "checkpointing": checkpointing,
+                                     "bytes": reported(need)}
                     break
             else:
                 if nothing:
@@ -382,6 +421,13 @@ PLAN_IT = Exercise(
             "is in use."),
         "margin on the wrong side": (plan_with(margin=1 / PLAN_MARGIN),
             "The margin makes the need smaller in your plan. It has to make it larger."),
+        "95 % of the room": (plan_with(margin=1 / 0.95),
+            "You compare with 95 % of the room. That is a margin of 5.3 %: 5 % on top of the prediction were asked "
+            "for, and a prediction between the two fits."),
+        "less than the room": (plan_with(exactly=False),
+            "What takes exactly the room, margin included, fits: at most, and not less than."),
+        "batch and accumulate": (plan_with(turned=True),
+            "batch and accumulate have changed places: batch is the rows in one pass."),
         "ten percent": (plan_with(margin=1.10), "Your margin is 10 %. 5 % were asked for: the prediction times 1.05."),
         "always checkpointing": (plan_with(order=(True,)),
             "You checkpoint wherever it fits. It costs a forward pass more in every step: first try all batches "
