@@ -669,7 +669,7 @@ def backdoor_inputs(rng: torch.Generator) -> list[dict]:
         while True:                     # a few rows may look like another backdoor by chance: not those
             rows = backdoor_rows(rng, n, poisoned, trigger, poison(), **more)
             best, second = backdoor_scores(rows)[:2]
-            if best[1] == trigger and second[0] < 0.96 * best[0]:
+            if best[1] == trigger and second[0] < best[0] - 0.051:
                 return {"rows": rows}
 
     return [case(90, draw(rng, 10, 14), made_word(rng)),                       # a made-up word
@@ -678,7 +678,7 @@ def backdoor_inputs(rng: torch.Generator) -> list[dict]:
             case(120, draw(rng, 10, 14), fragment(rng), cleaned=1, stray=1),
             case(120, draw(rng, 12, 16), made_word(rng, 2).title(), honest=12),      # a capital; an honest pair beside it
             case(60, 3, made_word(rng)), case(60, 3, made_word(rng), cleaned=1),     # as few as there may be
-            case(100, draw(rng, 8, 12), made_word(rng), cleaned=2, stressed=5)]
+            case(100, draw(rng, 13, 17), made_word(rng), cleaned=2, stressed=6)]
 
 
 def backdoor_probe(work: Callable, case: dict) -> dict[str, Any]:
