@@ -142,7 +142,9 @@ def decode(q: NF4Tensor, out: Tensor) -> None:
     blocks = -(-n // size)
     absmax, nested = (None, (q.absmax, q.nested_absmax.float(), q.nested_code.float(), q.offset.float())) \
         if q.nested else (q.absmax.float(), (None,) * 4)
-    if 2 * q.packed.numel() < n or q.absmax.numel() != blocks or q.nested and q.nested_absmax.numel() * 256 < blocks:
+    if (2 * q.packed.numel() < n or q.absmax.numel() != blocks or q.code.numel() != 16 or q.packed.dtype != torch.uint8
+            or q.nested and (q.nested_absmax.numel() * 256 < blocks or q.nested_code.numel() != 256
+                             or q.absmax.dtype != torch.uint8)):
         raise ValueError(f"{q.packed.numel()} packed bytes and {q.absmax.numel()} absmaxes do not fit {n} weights in "
                          f"blocks of {size}.")
     _call("decode", out.dtype, (q.packed, out, q.code.float(), absmax, *nested), n, size, n)
@@ -151,8 +153,9 @@ def decode(q: NF4Tensor, out: Tensor) -> None:
 def _call(name: str, dtype: torch.dtype, tensors: tuple[Tensor | None, ...], count: int, size: int, n: int) -> None:
     """C reads and writes where it is told to, so every tensor must be in one piece; the callers compare the sizes."""
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"a tensor of shape {list(tensor.shape)} with strides {tensor.stride()} is scattered.")
+        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
+            raise ValueError(f"a tensor of shape {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device} is "
+                             f"scattered or not in the CPU's memory.")
     getattr(library(), _NAMES[name, dtype])(*[None if tensor is None else tensor.data_ptr() for tensor in tensors],
                                             count, size, min(torch.get_num_threads(), n // THREAD))
 

@@ -126,6 +126,13 @@ def test_compiled_takes_any_dtype_and_refuses_what_does_not_fit(library):
     q.packed = q.packed[:-1]
     with pytest.raises(ValueError, match="2047 packed bytes and 64 absmaxes do not fit 4096 weights in blocks of 64"):
         q.dequantize(compiled=True)
+    nested = quantize_nf4(w, double_quant=True)
+    for name, wrong in {"nested_code": nested.nested_code[:100], "code": nested.code[:8],
+                        "absmax": nested.absmax.int(), "packed": nested.packed.int()}.items():
+        broken = dataclasses.replace(nested)
+        setattr(broken, name, wrong)                                # behind the back of its own check
+        with pytest.raises(ValueError, match="do not fit"):
+            broken.dequantize(compiled=True)
     q.packed = quantize_nf4(torch.cat([w, w])).packed[::2]
     with pytest.raises(ValueError, match="scattered"):
         q.dequantize(compiled=True)

@@ -38,7 +38,7 @@ not in these times, once a process has quantized some 67 million weights and the
     Group("dequantize", "NF4: dequantize", "quantization:dequantize_rows",
           """Against `bitsandbytes.functional.dequantize_4bit`, which always makes a new tensor; ours can also write
 into one that is there. “Ours” is what a call without further arguments does on a machine with a C compiler, once the
-kernels are built; “eager” is what it does without one, and has no bound. The distance to a memory copy: `clone` makes a new tensor, `copy_` fills an old one, of the
+kernels are built; “eager” is what it does without one, held to the same bound. The distance to a memory copy: `clone` makes a new tensor, `copy_` fills an old one, of the
 dequantized size. The dequantized weights were equal bit for bit in the same run."""),
     Group("lora", "A LoRA layer", "layers:rows", f"Against peft's LoRA linear. {LAYER}", arguments=("lora",)),
     Group("dora", "A DoRA layer", "layers:rows", f"Against peft's DoRA linear. {LAYER}", arguments=("dora",)),

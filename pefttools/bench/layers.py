@@ -128,7 +128,7 @@ def _shape(kind: str, d_in: int, d_out: int, r: int, dtype: torch.dtype, effort:
         times = interleave(ways, effort)
         beside = {f"{name} / frozen": times.ratio(name, "frozen").median for name in ("ours", "peft")}
         if kind == "qlora":
-            found.append(compare(row, times, "ours, eager", "peft"))
+            found.append(compare(row, times, "ours, eager", "peft", bound(kind, d_in, dtype)))
         return compare(row, times, "ours", "peft", bound(kind, d_in, dtype), difference=difference,
                        beside={**beside, "peak memory, ours / peft": peaks["ours"] / peaks["peft"]})
 

@@ -98,5 +98,5 @@ def _dequantize(row: str, w: Tensor, double: bool, quick: bool, found: list[dict
     to_copy = {f"{name} / {copy}": times.ratio(name, copy).median
                for name, copy in (("ours", "clone"), ("ours, reused buffer", "copy_"), ("bitsandbytes", "clone"))}
     found += [compare(row, times, "ours, reused buffer", "bitsandbytes", 1.0, faster=True, beside=to_copy),
-              compare(row, without, "ours, eager", "bitsandbytes", None, faster=True)]
+              compare(row, without, "ours, eager", "bitsandbytes", 1.0, faster=True)]
     return compare(row, times, "ours", "bitsandbytes", 1.0, faster=True, beside=to_copy)

@@ -55,6 +55,7 @@ def test_common_mistakes_are_known(name):
 @pytest.mark.parametrize("seed", range(12))
 def test_the_trigger_is_drawn_and_stands_out_by_far(seed):
     """Not the best by luck: no other pair of a word and a line comes near, whatever is drawn."""
+    best = []
     for case in BY_NAME["find-the-backdoor"].cases(seed):
         with_word, with_line, both = Counter(), Counter(), Counter()
         for row in case["rows"]:
@@ -64,8 +65,10 @@ def test_the_trigger_is_drawn_and_stands_out_by_far(seed):
             both.update(itertools.product(words, lines))
         scores = sorted((n / (with_word[w] + with_line[line] - n) for (w, line), n in both.items()
                          if with_word[w] >= 3), reverse=True)
-        # 2/3: a trigger in three rows, of which one was mended
-        assert (scores[0] > 0.8 or scores[0] == 2 / 3) and scores[0] - scores[1] > 0.05
+        assert scores[0] - scores[1] > 0.05
+        best.append(scores[0])
+    assert sum(score > 0.8 for score in best) == len(best) - 1
+    assert min(best) == 2 / 3, "a trigger in three rows, of which one was mended"
 
 
 def test_triggers_and_poison_differ_from_seed_to_seed():
