@@ -20,10 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 RECYCLE = 40  # jobs that a worker does before it is replaced: whatever a job leaves behind does not add up
 PRELOAD = ["pefttools.grading.judging", "pefttools.grading.warm"]
+# How a process ended can be read from its pipe once, and starting one makes multiprocessing look at all the others.
+# Two threads that look at the same moment take it from each other, and one is told 255. So: one at a time.
+_ENDS = threading.Lock()
 
 
 class WorkerLost(RuntimeError):
@@ -99,7 +103,8 @@ class _Worker:
         self.jobs = 0
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=False, name="grader")
-        self.process.start()
+        with _ENDS:
+            self.process.start()
         theirs.close()
 
     def ask(self, job: Any, seconds: float) -> tuple[bool, Any]:
@@ -110,13 +115,19 @@ class _Worker:
                 raise WorkerLost(f"It was given up after {seconds:.0f} seconds: the process that graded it hung.")
             return self.pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            self.process.join(5)
-            raise WorkerLost(_ended(self.process.exitcode)) from None
+            raise WorkerLost(_ended(self._end(5))) from None
 
     def kill(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join(10)
+        with _ENDS:
+            if self.process.is_alive():
+                self.process.kill()
+        self._end(10)
+
+    def _end(self, seconds: float) -> int | None:
+        """Its exit code, None when it still runs after `seconds`."""
+        wait_for([self.process.sentinel], seconds)
+        with _ENDS:
+            return self.process.exitcode
 
 
 def _ended(code: int | None) -> str:

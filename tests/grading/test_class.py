@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing.forkserver
 import os
 import shutil
 import sqlite3
@@ -77,6 +78,29 @@ def test_a_worker_that_dies_or_hangs_or_fails_costs_its_own_job_only():
         with pytest.raises(WorkerLost, match="25 seconds"):
             hung.result()
     assert time.monotonic() - started < 120
+
+
+@pytest.mark.slow
+def test_how_a_worker_ended_is_told_right_while_another_starts(monkeypatch):
+    read, reads, first_looks, both_look = multiprocessing.forkserver.read_signed, {}, threading.Event(), threading.Event()
+
+    def slowly(fd):  # a pipe's first number is the process's id, the second how it ended
+        reads[fd] = reads.get(fd, 0) + 1
+        if reads[fd] == 2:
+            first_looks.set()
+            both_look.wait(2)
+        elif reads[fd] == 3:
+            value = read(fd)
+            both_look.set()
+            return value
+        return read(fd)
+
+    monkeypatch.setattr(multiprocessing.forkserver, "read_signed", slowly)
+    with Pool(2, seconds=120) as pool:
+        ended = pool.submit(die, 3)
+        assert first_looks.wait(60)
+        assert pool.submit(nap, 0, "started").result() == "started"
+        assert "exit code 3" in str(ended.exception())
 
 
 def test_giving_up_ends_what_runs_and_starts_nothing_more():
