@@ -1,73 +1,45 @@
-"""Walking through a large tensor in chunks that stay in the cache, on several threads; and memory for it.
+"""Walking through a large tensor in chunks that stay in the cache; looking up in a table; and memory for the result.
 
-    thread 1   ├─chunk─┼─chunk─┼─chunk─┼──┤                       one buffer a thread, used for each of its chunks
-    thread 2                              ├─chunk─┼─chunk─┼─chunk─┼──┤
-
-Why not leave the threads to torch, whose operations have their own? Looking up in a table (index_select) has none; and
-a chunk's operations are so short that waiting for each other after every one of them costs more than they gain.
-Torch lets go of Python's lock while an operation runs, so Python threads do.
+    ├─chunk─┼─chunk─┼─chunk─┼──┤      one buffer for all of them; each as large as the caches of torch's threads
+                                      together have room for
 """
 from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import mmap
-import os
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18                  # weights at a time: 1 MiB of float32. A multiple of every block size
+CHUNK = 1 << 18                  # weights at a time, for each thread: 1 MiB of float32. A multiple of every block size
 
 
 def in_chunks(kernel: Any, *tensors: Tensor) -> None:
-    """kernel(*rows, scratch) for all rows of the tensors, a chunk at a time, in one stretch for each thread."""
-    blocks, size = tensors[0].shape
-    rows = max(1, CHUNK // size)
-    threads = min(torch.get_num_threads(), 2 * blocks * size // CHUNK) or 1
-    stretch = math.ceil(blocks / threads)
-
-    def work(start: int) -> None:
-        scratch, last = None, None
-        for part in zip(*(t[start:start + stretch].split(rows) for t in tensors), strict=True):
-            if len(part[0]) != last:
-                scratch, last = kernel.scratch(*part), len(part[0])
-            kernel(*part, scratch)
-
-    if threads == 1:
-        if blocks:
-            work(0)
-        return
-    inference = torch.is_inference_mode_enabled()                    # modes belong to a thread
-
-    def run(start: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            work(start)
-
-    list(_pool(torch.get_num_threads(), os.getpid()).map(run, range(0, blocks, stretch)))
+    """kernel(*rows, scratch) for all rows of the tensors, a chunk at a time; the threads are torch's own."""
+    rows = max(1, CHUNK * torch.get_num_threads() // tensors[0].shape[1])
+    scratch, last = None, None
+    for part in zip(*(t.split(rows) for t in tensors), strict=True):
+        if not len(part[0]):
+            return
+        if len(part[0]) != last:
+            scratch, last = kernel.scratch(*part), len(part[0])
+        kernel(*part, scratch)
 
 
-@functools.lru_cache(maxsize=4)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads whose torch operations use one thread each. `process`: a fork has none of its parent's threads."""
-    ready = threading.Barrier(threads + 1)
+def index(shape: int | tuple[int, ...]) -> Tensor:
+    """Memory for the indices of `look_up`, of the dtype that it takes on this number of threads."""
+    return new(shape, torch.int64 if torch.get_num_threads() > 1 else torch.int32)
 
-    def start() -> None:
-        torch.get_num_threads()          # a thread's first look at its number takes over the common one: get that done
-        torch.set_num_threads(1)
-        ready.wait()
 
-    pool = ThreadPoolExecutor(threads, "pefttools-nf4", initializer=start)
-    for _ in range(threads):
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(threads)       # for this thread nothing changes; for threads still to come, the 1 is undone
-    return pool
+def look_up(table: Tensor, rows: Tensor, out: Tensor) -> None:
+    """out[i, j] = table[rows[i, j]]. index_select is quicker than gather, but stays on one thread."""
+    if rows.dtype == torch.int64:
+        torch.gather(table.expand(len(rows), -1), 1, rows, out=out)
+    else:
+        torch.index_select(table, 0, rows.view(-1), out=out.view(-1))
 
 
 @functools.cache

@@ -255,11 +255,6 @@ def test_threads_leave_torchs_settings_alone(other_threads):
     thread.start()
     thread.join()
     assert seen == [3]
-    def inside(_):
-        torch.ones(1 << 20).add_(1)
-        return torch.get_num_threads()
-
-    assert list(chunks._pool(3, os.getpid()).map(inside, range(3))) == [1, 1, 1]
 
 
 def test_threads_know_the_modes_of_their_caller(other_threads):
@@ -287,14 +282,25 @@ def test_an_error_in_a_thread_reaches_the_caller(other_threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_after_a_fork(tmp_path):
-    """A child has none of its parent's threads: it must not wait for them."""
-    # Nothing large outside of quantize_nf4: after a fork, torch's own parallel operations do hang.
+    """In a child with one thread, as a DataLoader's workers have; with more, torch's own parallel operations hang."""
     script = ("import os, signal, torch\nfrom pefttools.nf4 import quantize_nf4\ntorch.set_num_threads(2)\n"
               "w = torch.ones(512, 2048)\nfirst = quantize_nf4(w, compiled=False).packed.numpy().tobytes()\n"
-              "pid = os.fork()\nif pid == 0:\n    signal.alarm(30)\n"
+              "pid = os.fork()\nif pid == 0:\n    signal.alarm(30)\n    torch.set_num_threads(1)\n"
               "    os._exit(7 if quantize_nf4(w, compiled=False).packed.numpy().tobytes() == first else 1)\n"
               "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n")
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 7
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows, columns", [(1, 64), (5, 32), (700, 48)])
+def test_look_up_is_indexing(other_threads, threads, rows, columns):
+    other_threads(threads)
+    for table in (torch.arange(100, dtype=torch.uint8), torch.randn(100, dtype=torch.float64)):
+        rows_of = torch.randint(100, (rows, columns), generator=torch.Generator().manual_seed(0))
+        at = chunks.index((rows, columns)).copy_(rows_of)
+        out = torch.empty(rows, columns, dtype=table.dtype)
+        chunks.look_up(table, at, out)
+        assert torch.equal(out, table[rows_of])
 
 
 # ------------------------------------------------------------------------------------------------ the table
