@@ -21,9 +21,7 @@ def in_chunks(kernel: Any, *tensors: Tensor) -> None:
     """kernel(*rows, scratch) for all rows of the tensors, a chunk at a time; the threads are torch's own."""
     rows = max(1, CHUNK * torch.get_num_threads() // tensors[0].shape[1])
     scratch, last = None, None
-    for part in zip(*(t.split(rows) for t in tensors), strict=True):
-        if not len(part[0]):
-            return
+    for part in [tensors] if len(tensors[0]) <= rows else zip(*(t.split(rows) for t in tensors), strict=True):
         if len(part[0]) != last:
             scratch, last = kernel.scratch(*part), len(part[0])
         kernel(*part, scratch)

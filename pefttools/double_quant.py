@@ -59,8 +59,10 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, code: Tensor | None = None,
     code = dynamic_map(codes.device) if code is None else code
     values = code.index_select(0, codes.view(-1).int())
     full = len(codes) - len(codes) % block_size
-    values[:full].view(-1, block_size).mul_(absmax[:full // block_size].unsqueeze(-1))
-    if full < len(codes):
+    if full == len(codes):
+        values.view(-1, block_size).mul_(absmax.view(-1, 1))
+    else:
+        values[:full].view(-1, block_size).mul_(absmax[:full // block_size].unsqueeze(-1))
         values[full:] *= absmax[-1]
     return values
 

@@ -47,7 +47,7 @@ def encode(w: Tensor, code: Tensor, block_size: int, compiled: bool = False) -> 
               absmax[:full // block_size].unsqueeze(-1))
     if compiled:
         nf4_compiled.encode(*blocks, bounds, order)
-    else:
+    elif full:
         in_chunks(_Encoder(bounds, order, table), *blocks)
     if full < n:                             # a block that is not full: bitsandbytes divides, and its absmax is ≥ 1e-38
         x = w[full:].float()
@@ -106,8 +106,9 @@ def _tables(code: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
 def decode(packed: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: Tensor) -> Tensor:
     """packed uint8 [ceil(n/2)], absmax float32 [ceil(n/block_size)] → out [n]: code · absmax, rounded once."""
     n, full = out.numel(), out.numel() - out.numel() % block_size
-    in_chunks(_Decoder(code), out[:full].view(-1, block_size), packed[:full // 2].view(-1, block_size // 2),
-               absmax[:full // block_size].unsqueeze(-1))
+    whole = (out, packed, absmax) if full == n else (out[:full], packed[:full // 2], absmax[:full // block_size])
+    if full:
+        in_chunks(_Decoder(code), whole[0].view(-1, block_size), whole[1].view(-1, block_size // 2), whole[2].view(-1, 1))
     if full < n:
         tail = packed[full // 2:]
         out[full:] = code[torch.stack([tail >> 4, tail & 15], -1).view(-1)[:n - full].int()] * absmax[-1]
@@ -133,7 +134,9 @@ class _Decoder:
             pairs = pairs if len(pairs) else new(packed.numel(), torch.float64)
             values = pairs.view(torch.float32).view(out.shape)
         look_up(self.table, octets.copy_(packed), pairs.view(packed.shape))
-        torch.mul(values, absmax, out=out)
+        torch.mul(values, absmax, out=values)
+        if values is not out:            # in two steps: torch's product of one dtype in another is the slower
+            out.copy_(values)
 
 
 @functools.lru_cache(maxsize=16)
