@@ -134,6 +134,23 @@ def test_compare_turns_the_ratio_round_for_speed():
     assert page.verdict(less) == "yes" and page.verdict(more) == "yes" and more["ms"]["peft"] == 4000
 
 
+def test_rounds_of_several_processes_are_pooled():
+    def process(ours, peft):
+        times = harness.Times({"ours": ours, "ours again": ours, "peft": peft})
+        return [harness.compare("row", times, "ours", "peft", bound=1.0, beside={"frozen": peft[0]}),
+                {"row": "exact", "value": 3}]
+
+    one = process([1.0] * 3, [2.0] * 3)
+    [alone, exact] = harness.pooled([one])
+    assert alone == {key: value for key, value in one[0].items() if key != harness.RAW} and exact == one[1]
+    [both, exact] = harness.pooled([one, process([1.0] * 4, [0.5] * 4)])
+    assert (both["value"], both["between"], both["rounds"], exact["value"]) == (2.0, [0.5, 2.0], 7, 3)
+    assert both["beside"] == {"frozen": 1.25} and harness.RAW not in both and both["control"] == [1, 1]
+    assert "medians of the processes 0.500 to 2.00" in page.line(both, 2)
+    missing = {"row": "row", "missing": "ValueError: bits differ"}
+    assert harness.pooled([one, [missing, exact]])[0] == missing
+
+
 def test_a_failing_row_says_why_and_spoils_no_other():
     def broken():
         raise ValueError("bits differ (/home/me/x.py)\nsecond line")

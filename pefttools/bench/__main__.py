@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pefttools.bench.groups import GROUPS
-from pefttools.bench.harness import watched
+from pefttools.bench.harness import pooled, watched
 from pefttools.bench.machine import machine, sources, unchanged
 from pefttools.bench.page import BUSY, figure, page, verdict
 
@@ -91,7 +91,20 @@ def current(result: dict[str, Any] | None, here: dict[str, str], quick: bool) ->
 
 
 def run_apart(name: str, threads: int, quick: bool) -> dict[str, Any] | None:
-    """The group in a process of its own, its threads set before torch is imported. None where the process failed."""
+    """The group in processes of its own, their threads set before torch is imported. None where one failed."""
+    results = []
+    for _ in range(1 if quick else GROUPS[name].processes):
+        result = run_process(name, threads, quick)
+        if result is None:
+            return None
+        results.append(result)
+    seconds = sum(result["seconds"] for result in results)
+    return {**results[0], "rows": pooled([result["rows"] for result in results]), "seconds": seconds,
+            "others": sum(result["others"] * result["seconds"] for result in results) / seconds}
+
+
+def run_process(name: str, threads: int, quick: bool) -> dict[str, Any] | None:
+    """What `run_here` leaves, from a new process; None where it failed."""
     counts = {variable: str(threads) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     environment = {**os.environ, **counts, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                    "TOKENIZERS_PARALLELISM": "false"}

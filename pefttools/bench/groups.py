@@ -19,6 +19,7 @@ for every number that was asked for, else the numbers for which the group runs."
     threads: tuple[int, ...] | None = None
     arguments: tuple[Any, ...] = ()
     children: bool = False      # it measures in further processes, which may use any file of the library
+    processes: int = 1          # it is run so many times, and the rounds of all are one
 
     def rows(self, quick: bool) -> Iterator[dict[str, Any]]:
         module, _, function = self.place.partition(":")
@@ -28,7 +29,7 @@ for every number that was asked for, else the numbers for which the group runs."
 
 LAYER = """512 tokens; forward, and the gradients of the input and of all that trains. Both sides hold the same numbers,
 and output and input gradient are compared before the clock starts. “frozen” is the bare linear layer that trains
-nothing: the floor."""
+nothing: the floor. Rounds of three processes are taken together."""
 
 GROUPS = {group.name: group for group in (
     Group("quantize", "NF4: quantize", "quantization:quantize_rows",
@@ -38,14 +39,18 @@ not in these times, once a process has quantized some 67 million weights and the
     Group("dequantize", "NF4: dequantize", "quantization:dequantize_rows",
           """Against `bitsandbytes.functional.dequantize_4bit`, which always makes a new tensor; ours can also write
 into one that is there. “Ours” is what a call without further arguments does on a machine with a C compiler, once the
-kernels are built; “eager” is what it does without one, held to the same bound. The distance to a memory copy: `clone` makes a new tensor, `copy_` fills an old one, of the
-dequantized size. The dequantized weights were equal bit for bit in the same run."""),
-    Group("lora", "A LoRA layer", "layers:rows", f"Against peft's LoRA linear. {LAYER}", arguments=("lora",)),
-    Group("dora", "A DoRA layer", "layers:rows", f"Against peft's DoRA linear. {LAYER}", arguments=("dora",)),
+kernels are built; “eager” is what it does without one, held to the same bound. The distance to a memory copy: `clone`
+makes a new tensor, `copy_` fills an old one, of the dequantized size. The dequantized weights were equal bit for bit in
+the same run. How fast a new tensor is filled depends on where the process finds its memory, so the rounds of five
+processes are taken together.""", processes=5),
+    Group("lora", "A LoRA layer", "layers:rows", f"Against peft's LoRA linear. {LAYER}", arguments=("lora",),
+          processes=3),
+    Group("dora", "A DoRA layer", "layers:rows", f"Against peft's DoRA linear. {LAYER}", arguments=("dora",),
+          processes=3),
     Group("qlora", "A QLoRA layer", "layers:rows",
           f"""Against peft's LoRA on bitsandbytes' `Linear4bit` (NF4, double quantization, its CPU faults worked
 around). “Ours, eager” is without the NF4 kernels in C, as on a machine that has no compiler. {LAYER}""",
-          arguments=("qlora",)),
+          arguments=("qlora",), processes=3),
     Group("step", "A training step of the bundled model", "step:rows",
           """8 rows of 128 tokens, float32: forward, backward, AdamW; adapters of rank 16 on every linear layer.
 “full” is full fine-tuning. Peak memory is what a step allocates at most over what lay there before, by allocation

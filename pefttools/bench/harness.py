@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AGAIN = " again"
+RAW = "raw"                      # the key of a row's single rounds, until they are pooled; they are not kept
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,18 @@ class Times:
 
     def ratio(self, name: str, against: str) -> Ratio:
         """Time of `name` / time of `against`, round by round: below 1, `name` is the faster."""
-        return Ratio.of([a / b for a, b in zip(self.seconds[name], self.seconds[against], strict=True)])
+        return Ratio.of(self.ratios(name, against))
+
+    def ratios(self, name: str, against: str) -> list[float]:
+        return [a / b for a, b in zip(self.seconds[name], self.seconds[against], strict=True)]
 
     def control(self) -> Ratio:
         """The way that was run twice in each round, against itself."""
+        return Ratio.of(self.controls())
+
+    def controls(self) -> list[float]:
         [again] = [name for name in self.seconds if name.endswith(AGAIN)]
-        return self.ratio(again, again.removesuffix(AGAIN))
+        return self.ratios(again, again.removesuffix(AGAIN))
 
     def milliseconds(self) -> dict[str, float]:
         """Median time of each way; only to say what the ratios are ratios of."""
@@ -131,7 +138,9 @@ def compare(row: str, times: Times, name: str, against: str, bound: float | None
     return {"row": row, "what": f"{name} × as fast as {against}" if faster else f"{name} / {against}",
             "value": ratio.median, "p10": ratio.p10, "p90": ratio.p90, "low": ratio.low, "high": ratio.high,
             "control": [control.p10, control.p90], "rounds": len(times.seconds[name]), "unit": "×",
-            "sense": "≥" if faster else "≤", "bound": bound, "ms": times.milliseconds(), **extra}
+            "sense": "≥" if faster else "≤", "bound": bound, "ms": times.milliseconds(), **extra,
+            RAW: {"ratios": times.ratios(against, name) if faster else times.ratios(name, against),
+                  "controls": times.controls()}}
 
 
 def attempt(row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -142,6 +151,30 @@ def attempt(row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[
         # the first line, without paths of this machine
         text = re.sub(r" ?\(?/[\w./-]+\)?", "", str(error).partition("\n")[0])
         return {**row, "missing": f"{type(error).__name__}: {text}"}
+
+
+def pooled(processes: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of several processes that measured the same, as one list, from the rounds of all.
+
+    Where a process finds its memory can decide a ratio for as long as it lives: then the rounds of one process agree
+    with each other and not with those of the next. "between" has the lowest and highest median of a process. A row
+    that any process lacks a figure for is missing.
+    """
+    rows = []
+    for same in zip(*processes, strict=True):
+        row = dict(next((row for row in same if "missing" in row), same[0]))
+        row.pop(RAW, None)
+        raw = [one[RAW] for one in same if RAW in one]
+        if len(same) > 1 and len(raw) == len(same):
+            ratio, control = (Ratio.of([x for one in raw for x in one[part]]) for part in ("ratios", "controls"))
+            row |= {"value": ratio.median, "p10": ratio.p10, "p90": ratio.p90, "low": ratio.low, "high": ratio.high,
+                    "control": [control.p10, control.p90], "rounds": sum(len(one["ratios"]) for one in raw),
+                    "between": [f(one["value"] for one in same) for f in (min, max)]}
+            for part in ("ms", "beside"):
+                if part in row:
+                    row[part] = {name: statistics.median(one[part][name] for one in same) for name in row[part]}
+        rows.append(row)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ a busy machine

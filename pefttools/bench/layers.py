@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pefttools.bench import production
-from pefttools.bench.harness import FULL, QUICK, Effort, attempt, compare, interleave
+from pefttools.bench.harness import QUICK, Effort, attempt, compare, interleave
 from pefttools.bench.memory import peak_bytes
 
 TOKENS = 512
+EACH = Effort(seconds=2.0)       # of the processes that measure a row
 SHAPES = [(2048, 2048, 16), (2048, 512, 16), (2048, 8192, 16), (256, 256, 8), (256, 1024, 8)]   # d_in, d_out, r
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
@@ -106,7 +107,7 @@ def agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float
 
 def rows(kind: str, quick: bool = False) -> Iterator[dict[str, Any]]:
     """The groups "lora", "dora" and "qlora"."""
-    effort: Effort = QUICK if quick else FULL
+    effort: Effort = QUICK if quick else EACH
     for d_in, d_out, r in SHAPES[-2:] if quick else SHAPES:
         for dtype in DTYPES:
             yield from _shape(kind, d_in, d_out, r, dtype, effort)

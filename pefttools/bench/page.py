@@ -44,7 +44,10 @@ def line(row: dict[str, Any], threads: int) -> str:
     spread = f"{figure(row['p10'], '')} to {figure(row['p90'], '')}" if "p10" in row else "exact"
     interval = f"{figure(row['low'], '')} to {figure(row['high'], '')}" if "low" in row else ""
     control = " to ".join(figure(value, "") for value in row["control"]) if "control" in row else ""
-    beside = "; ".join(f"{name} {figure(value, '')}" for name, value in row.get("beside", {}).items())
+    besides = [f"{name} {figure(value, '')}" for name, value in row.get("beside", {}).items()]
+    if "between" in row:
+        besides.insert(0, f"medians of the processes {' to '.join(figure(value, '') for value in row['between'])}")
+    beside = "; ".join(besides)
     absolute = ", ".join(f"{name} {value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
                          for name, value in row.get("ms", {}).items()) + (" ms" if "ms" in row else "")
     return (f"| {threads} | {row['row']} | {row.get('what', '')} | **{figure(row['value'], unit)}** | {spread} | "

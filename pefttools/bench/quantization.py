@@ -17,7 +17,7 @@ from pefttools.bench.layers import DTYPES, name_of
 
 SHAPES = [(2048, 2048), (512, 2048), (8192, 2048)]      # d_out, d_in: 2048→2048, →512, →8192
 EAGER, COMPILED = 3.0, 20.0                             # times as fast as bitsandbytes, issue "The library"
-EAGER_EFFORT = Effort(seconds=2.0)
+EACH, EAGER_EACH = Effort(seconds=2.0), Effort(seconds=0.5)     # of the processes that measure dequantizing
 
 
 def weight(d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
@@ -91,10 +91,10 @@ def _dequantize(row: str, w: Tensor, double: bool, quick: bool, found: list[dict
     times: Times = interleave({
         "ours": lambda: dequantize_nf4(q), "ours, reused buffer": lambda: dequantize_nf4(q, out=buffer),
         "bitsandbytes": lambda: dequantize_4bit(packed, state),
-        "copy_": lambda: buffer.copy_(w), "clone": w.clone}, QUICK if quick else FULL)
+        "copy_": lambda: buffer.copy_(w), "clone": w.clone}, QUICK if quick else EACH)
     # In rounds of its own, since it takes long and leaves nothing of the others' data in the cache.
     without = interleave({"ours, eager": lambda: dequantize_nf4(q, compiled=False),
-                          "bitsandbytes": lambda: dequantize_4bit(packed, state)}, QUICK if quick else EAGER_EFFORT)
+                          "bitsandbytes": lambda: dequantize_4bit(packed, state)}, QUICK if quick else EAGER_EACH)
     to_copy = {f"{name} / {copy}": times.ratio(name, copy).median
                for name, copy in (("ours", "clone"), ("ours, reused buffer", "copy_"), ("bitsandbytes", "clone"))}
     found += [compare(row, times, "ours, reused buffer", "bitsandbytes", 1.0, faster=True, beside=to_copy),

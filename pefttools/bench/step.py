@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pefttools.bench import production
-from pefttools.bench.harness import FULL, QUICK, Effort, attempt, compare, interleave
+from pefttools.bench.harness import QUICK, Effort, attempt, compare, interleave
 from pefttools.bench.memory import peak_bytes
 
 R, ROWS, TOKENS = 16, 8, 128
