@@ -160,21 +160,23 @@ KERNELS(float16)
 /* Double quantization: what is left of each absmax without the mean, in 8 bits. `level` is the code for each of 65,536
    bins of [-1, 1]. See double_quant.py. */
 void encode_nested(const float *absmax, const float *offset, const uint8_t *level, uint8_t *codes, float *nested,
-                   long n) {
+                   long n, int threads) {
+    _Pragma("omp parallel for num_threads(threads) if(threads > 1)")
     for (long start = 0; start < n; start += NESTED_BLOCK) {
         long end = n - start < NESTED_BLOCK ? n : start + NESTED_BLOCK;
-        float top = 0;
+        int32_t bits = 0;                        /* as above: magnitudes compare alike as bits */
         for (long i = start; i < end; i++) {
-            float x = absmax[i] - *offset;
-            x = x < 0 ? -x : x;
-            top = x > top ? x : top;
+            union { float value; int32_t bits; } x = {absmax[i] - *offset};
+            int32_t magnitude = x.bits & 0x7fffffff;
+            bits = magnitude > bits ? magnitude : bits;
         }
-        nested[start / NESTED_BLOCK] = top;
-        float inverse = 1.0f / top;
+        union { int32_t bits; float value; } top = {bits};
+        nested[start / NESTED_BLOCK] = top.value;
+        float inverse = 1.0f / top.value;
         for (long i = start; i < end; i++) {
             float s = (absmax[i] - *offset) * inverse;
             s = s > 1 ? 1 : s < -1 ? -1 : s == s ? s : 0;              /* 0 times the inverse of a subnormal is NaN */
-            codes[i] = top > 0 ? level[(int32_t)((s + 1) * 0.5f * 65535 + 0.5f)] : 0;
+            codes[i] = top.value > 0 ? level[(int32_t)((s + 1) * 0.5f * 65535 + 0.5f)] : 0;
         }
     }
 }

@@ -25,7 +25,6 @@ two levels go to the lower. bitsandbytes' CUDA kernels round differently in a fe
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def quantize_4bit(w: Tensor, quant_type: str | Tensor = "nf4", block_size: int =
                   compiled: bool | None = None) -> NF4Tensor:
     """`quantize_nf4` for "nf4", "fp4" or any sixteen levels in a float32 tensor, such as `codebook.lloyd_max()`."""
     code = {"nf4": NF4_CODE, "fp4": FP4_CODE}.get(quant_type) if isinstance(quant_type, str) else quant_type
-    if code is None or code.shape != (16,) or not code.isfinite().all():
+    if code is None or code.shape != (16,) or code is quant_type and not code.isfinite().all():
         raise ValueError(f'quant_type must be "nf4", "fp4" or sixteen finite levels; got {quant_type!r}.')
     if w.dtype not in DTYPES:
         raise TypeError(f"w must be float32, float16 or bfloat16; got {w.dtype}. Convert it first: w.float().")
@@ -75,9 +74,9 @@ def quantize_4bit(w: Tensor, quant_type: str | Tensor = "nf4", block_size: int =
         packed = pack(nn.functional.pad(codes, (0, len(codes) % 2), value=zero))
     if not all(math.isfinite(part.max()) for part in absmax.split(1 << 14) if len(part)):     # NaN is the largest
         raise ValueError(_where(w))
-    q = NF4Tensor(packed.unsqueeze(-1), absmax, code.clone(), w.shape, w.dtype, block_size,
-                  quant_type if isinstance(quant_type, str) else "custom")
-    return _nested(q, compiled) if double_quant else q
+    nested = _nested(absmax, compiled) if double_quant else {"absmax": absmax}
+    return NF4Tensor(packed.unsqueeze(-1), code=code.clone(), shape=w.shape, dtype=w.dtype, block_size=block_size,
+                     quant_type=quant_type if isinstance(quant_type, str) else "custom", **nested)
 
 
 def dequantize_nf4(q: NF4Tensor, out: Tensor | None = None, compiled: bool | None = None) -> Tensor:
@@ -87,14 +86,14 @@ def dequantize_nf4(q: NF4Tensor, out: Tensor | None = None, compiled: bool | Non
 
 # ------------------------------------------------------------------------------------------------ helpers
 
-def _nested(q: NF4Tensor, compiled: bool) -> NF4Tensor:
-    offset = q.absmax.mean() if len(q.absmax) else q.absmax.new_zeros(())
-    if not offset.isfinite():
+def _nested(absmax: Tensor, compiled: bool) -> dict[str, Tensor]:
+    offset = absmax.mean() if len(absmax) else absmax.new_zeros(())
+    if not math.isfinite(offset):
         raise ValueError("double_quant: the mean of the absmaxes is beyond float32. Use double_quant=False.")
-    codes, nested_absmax = nf4_compiled.encode_nested(q.absmax, offset, level_of_bin(q.absmax.device)) if compiled \
-        else quantize_8bit(q.absmax - offset)
-    return replace(q, absmax=codes, nested_absmax=nested_absmax, nested_code=dynamic_map(codes.device).clone(),
-                   offset=offset)
+    codes, nested_absmax = nf4_compiled.encode_nested(absmax, offset, level_of_bin(absmax.device)) if compiled \
+        else quantize_8bit(absmax - offset)
+    return {"absmax": codes, "nested_absmax": nested_absmax, "nested_code": dynamic_map(codes.device).clone(),
+            "offset": offset}
 
 
 def _where(w: Tensor) -> str:

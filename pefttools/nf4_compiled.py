@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("nf4.c")
 NATIVE = (torch.float32, torch.bfloat16, torch.float16)           # what C reads and writes
 THREAD = 1 << 16                               # weights that are worth another thread: some 10 microseconds of work
+NESTED_THREAD = 1 << 12                        # absmaxes that are
 WORTH = 1 << 26                                # weights that take eager torch about as long as the build
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")          # no fused multiply-add: the same bits as torch
 
@@ -68,7 +69,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         for name, pointers in (("encode", 5), ("decode", 8)):
             function = getattr(library, f"{name}_{str(dtype)[6:]}")
             function.restype, function.argtypes = None, [pointer] * pointers + [long, long, ctypes.c_int]
-    library.encode_nested.restype, library.encode_nested.argtypes = None, [pointer] * 5 + [long]
+    library.encode_nested.restype, library.encode_nested.argtypes = None, [pointer] * 5 + [long, ctypes.c_int]
     return library
 
 
@@ -132,7 +133,8 @@ def encode_nested(absmax: Tensor, offset: Tensor, level: Tensor) -> tuple[Tensor
     if offset.numel() != 1 or level.numel() != 65536 or not level.is_contiguous():
         raise ValueError(f"offset must be one number and level have 65536; got {list(offset.shape)}, "
                          f"{list(level.shape)}.")
-    library().encode_nested(*(t.data_ptr() for t in (absmax, offset, level, codes, nested)), n)
+    library().encode_nested(*(t.data_ptr() for t in (absmax, offset, level, codes, nested)), n,
+                            min(torch.get_num_threads(), n // NESTED_THREAD))
     return codes, nested
 
 

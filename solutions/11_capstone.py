@@ -295,8 +295,11 @@ for term, n_bytes in pencil.items():
     print(f"{term:>22}: {gb(n_bytes, 2)}")
 t4_job = dict(batch=4, seq=512, r=8, targets="all-linear", dtype="float16", gpu="t4", keep_outputs=False)
 by_formula = {again: estimate("llama-3.2-1b", "qlora", checkpointing=again, **t4_job) for again in (False, True)}
-print(f"{'what the layers keep':>22}: {gb(by_formula[False].terms['activations'], 2)}, with checkpointing "
-      f"{gb(by_formula[True].terms['activations'], 2)}")
+kept_by_layers = by_formula[False].terms["activations"]
+print(f"{'what the layers keep':>22}: {gb(kept_by_layers, 2)}, {kept_by_layers / (16 * 2048) / 1e6:.2f} MB a token and "
+      f"layer; with checkpointing {gb(by_formula[True].terms['activations'], 2)}")
+weights = pencil["codes and scales"] + pencil["embedding and norms"]
+print(f"the model itself is {weights / (sum(pencil.values()) + kept_by_layers):.0%} of all that")
 print(f"formula, all together: {gib(by_formula[False].total, 2)}, with checkpointing {gib(by_formula[True].total, 2)}")
 print(f"a T4 has {gib(GPUS['t4'].usable, 2)}, and a CUDA context comes out of it")
 
@@ -435,7 +438,7 @@ if large:
 # | *returns* | what `run_method` returns |
 #
 # The first positional argument of `run_method` is the method's name. Rank, α and targets are `r=`, `alpha=`,
-# `targets="all-linear"`. Pass `progress=False` in a notebook that you hand in.
+# `targets="all-linear"`. `progress=False` keeps the progress bar out of the notebook that you hand in.
 #
 # **What is judged** is not the function but the **files**: the cell after it runs your function on the *bundled*
 # model, for everybody, with a GPU or without. The grader loads the adapter onto that model, writes fresh rows and
@@ -533,8 +536,9 @@ if mine is not None:
 # %% [markdown]
 # ### And now the real one
 #
-# With a GPU, the same function on Llama-3.2-1B. Look at the estimate of the progress bar after a few steps. If the
-# session ends, run all again: it goes on from the last checkpoint.
+# With a GPU, the same function on Llama-3.2-1B. With `progress=False` in it nothing is said until it is done; for this
+# one run you may prefer `progress=True`, whose bar tells the time that is left. If the session ends, run all again: it
+# goes on from the last checkpoint.
 
 # %% tags=["gpu"]
 if not large:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pefttools.bench.harness import FULL, QUICK, Effort, Times, attempt, compare, interleave
+from pefttools.bench.harness import QUICK, Effort, Times, attempt, compare, interleave
 from pefttools.bench.layers import DTYPES, name_of
 
 SHAPES = [(2048, 2048), (512, 2048), (8192, 2048)]      # d_out, d_in: 2048→2048, →512, →8192
 EAGER, COMPILED = 3.0, 20.0                             # times as fast as bitsandbytes, issue "The library"
+QUANTIZE = Effort(seconds=5.0)
 EACH, EAGER_EACH = Effort(seconds=2.0), Effort(seconds=0.5)     # of the processes that measure dequantizing
 
 
@@ -65,7 +66,7 @@ def _quantize(row: str, w: Tensor, double: bool, what: str, compiled: bool, boun
     ways: dict[str, Callable[[], Any]] = {
         what: lambda: quantize_nf4(w, double_quant=double, compiled=compiled), "bitsandbytes": lambda: theirs(w, double)}
     check_identical(ways[what](), *theirs(w, double))
-    return compare(row, interleave(ways, QUICK if quick else FULL), what, "bitsandbytes", bound, faster=True)
+    return compare(row, interleave(ways, QUICK if quick else QUANTIZE), what, "bitsandbytes", bound, faster=True)
 
 
 def dequantize_rows(quick: bool = False) -> Iterator[dict[str, Any]]:
