@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 18                  # weights at a time, for each thread: 1 MiB of float32. A multiple of every block size
+_PROCESS = os.getpid()
 
 
 def in_chunks(kernel: Any, *tensors: Tensor) -> None:
     """kernel(*rows, scratch) for all rows of the tensors, a chunk at a time; the threads are torch's own."""
-    rows = max(1, CHUNK * torch.get_num_threads() // tensors[0].shape[1])
+    threads = torch.get_num_threads()
+    if threads > 1 and os.getpid() != _PROCESS:      # a fork has none of its parent's threads, and OpenMP waits for them
+        torch.set_num_threads(1)
+        try:
+            in_chunks(kernel, *tensors)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    rows = max(1, CHUNK * threads // tensors[0].shape[1])
     scratch, last = None, None
     for part in [tensors] if len(tensors[0]) <= rows else zip(*(t.split(rows) for t in tensors), strict=True):
         if len(part[0]) != last:

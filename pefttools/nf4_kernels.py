@@ -108,7 +108,8 @@ def decode(packed: Tensor, absmax: Tensor, code: Tensor, block_size: int, out: T
     n, full = out.numel(), out.numel() - out.numel() % block_size
     whole = (out, packed, absmax) if full == n else (out[:full], packed[:full // 2], absmax[:full // block_size])
     if full:
-        in_chunks(_Decoder(code), whole[0].view(-1, block_size), whole[1].view(-1, block_size // 2), whole[2].view(-1, 1))
+        in_chunks(_Decoder(code), whole[0].view(-1, block_size), whole[1].view(-1, block_size // 2),
+                  whole[2].view(-1, 1))
     if full < n:
         tail = packed[full // 2:]
         out[full:] = code[torch.stack([tail >> 4, tail & 15], -1).view(-1)[:n - full].int()] * absmax[-1]
