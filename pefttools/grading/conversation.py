@@ -29,7 +29,7 @@ from pefttools.grading.exchange import NoAnswer, take
 from pefttools.grading.outputs import Outputs
 from pefttools.grading.sandbox import Limits, Room, new_room
 
-LAST_WORDS = 2.0        # seconds that a cell's outputs may lag behind its reply
+LAST_WORDS = 10.0       # seconds that a cell's outputs may lag behind its reply, where a machine is busy with others
 AFTER_INTERRUPT = 4.0   # seconds to end in, once interrupted
 STARTUP = 300.0
 TICK = 0.05
@@ -106,16 +106,18 @@ class Conversation:
         return Path(tempfile.mkdtemp(prefix="scratch-", dir=self.room.exchange.parent))
 
     async def _greet(self) -> None:
-        until = time.monotonic() + STARTUP
-        answered = asyncio.Event()
-        while not answered.is_set():
+        """Ask until both channels have answered: what a kernel prints before it knows its listener is lost."""
+        until, patience = time.monotonic() + STARTUP, NUDGE
+        heard = {"shell": asyncio.Event(), "iopub": asyncio.Event()}
+        while not all(event.is_set() for event in heard.values()):
             message = self.kc.session.msg("kernel_info_request", {})
-            self._handlers[message["header"]["msg_id"]] = lambda kind, content, channel: answered.set()
+            self._handlers[message["header"]["msg_id"]] = lambda kind, content, channel: heard[channel].set()
             await self._send(message)
             try:
-                await asyncio.wait_for(answered.wait(), 5)
+                await asyncio.wait_for(heard["shell"].wait(), 5)
+                await asyncio.wait_for(heard["iopub"].wait(), patience)
             except (asyncio.TimeoutError, TimeoutError):
-                pass
+                patience = min(2 * patience, 5)
             if not await self._alive() or time.monotonic() > until:
                 await asyncio.sleep(0.2)
                 confined = getattr(self.km.provisioner, "confined", None)
@@ -202,7 +204,7 @@ class Conversation:
             if _resident() - before > GROWTH:  # also after the reply: its last words may be what has no end
                 await self._deafen()
                 return self._lost(ran, "output", "it sent more than can be held", "output")
-            if now > nudge and not state["reply"]:
+            if now > nudge:
                 gap *= 2
                 nudge = now + gap
                 await self._send(self.kc.session.msg("kernel_info_request", {}))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import zmq
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest imports test modules by path, so helpers beside them need this
 
@@ -227,6 +228,23 @@ def test_references_and_hidden_packages_are_not_there():
     hiding = {**ENTRIES, "twice": judging.Exercise(**{**vars(TWICE), "hides": ("peft", "pefttools.lora")})}
     nb = judged({"twice": look + "\n" + RIGHT["twice"]}, before="from pefttools.lora import LoRALinear", entries=hiding)
     assert "[] []" in str(outputs(nb, "twice")) and points(nb) == {"twice": 2}
+
+
+def test_what_the_first_cell_prints_is_kept_however_late_the_kernel_learns_of_its_listener(monkeypatch):
+    """A publishing socket drops what comes before a subscription does; on a busy machine that takes its time."""
+    from jupyter_client.asynchronous import AsyncKernelClient
+
+    real = AsyncKernelClient.connect_iopub
+
+    def late(self, *arguments, **named):
+        socket = real(self, *arguments, **named)
+        socket.setsockopt(zmq.UNSUBSCRIBE, b"")
+        asyncio.get_running_loop().call_later(8, socket.setsockopt, zmq.SUBSCRIBE, b"")
+        return socket
+
+    monkeypatch.setattr(AsyncKernelClient, "connect_iopub", late)
+    nb = judged({"twice": "print('early')\n" + RIGHT["twice"]}, before="")
+    assert [o.get("text") for o in outputs(nb, "twice")] == ["early\n"] and points(nb) == {"twice": 2}
 
 
 def test_the_students_text_is_escaped_in_a_verdict():
