@@ -25,7 +25,9 @@ from pefttools.nf4 import NF4Tensor
 from pefttools.nf4_linear import NF4Linear, nf4_linear, nf4_linear_back
 from pefttools.targets import is_linear
 
-PIECE = 2**18  # numbers a thread: 1 MiB in float32, in the cache, and too small for malloc to fetch fresh pages
+# Numbers a thread, when it is alone and with others: 1 MiB in float32, in the cache, and too small for malloc to fetch
+# fresh pages; for several threads larger, since they are started for each piece and wait for each other after it.
+PIECE, SHARED_PIECE = 2**18, 2**19
 
 
 def plain_update(result: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -85,7 +87,7 @@ class _Update(torch.autograd.Function):
         # Times a power of two rounds nothing, so that it does not matter to the bits when it is done.
         exact = math.frexp(scale)[0] in (0.5, -0.5) and A.dtype in (torch.float32, torch.float64)
         z, dtype = [], torch.promote_types(y.dtype, A.dtype)
-        for some_x, some_y in _pieces(_rows(x), _rows(y)):
+        for some_x, some_y in _pieces(A.dtype, _rows(x), _rows(y)):
             z.append(F.linear(some_x.to(A.dtype), A))                        # [rows, r]
             total = some_y.to(dtype)
             if exact and dtype == A.dtype:
@@ -111,7 +113,7 @@ class _Update(torch.autograd.Function):
                 else g_rows @ weight
         dA = dB = None
         scaled = _times(B, ctx.scale).t()               # [r, d_out]
-        for some_x, some_g, some_z, some_dx in _pieces(rows, g_rows, z, dx):
+        for some_x, some_g, some_z, some_dx in _pieces(A.dtype, rows, g_rows, z, dx):
             some_g = some_g.to(A.dtype)
             if wants_x or wants_A:
                 zeta = scaled @ some_g.t()                                   # [r, rows]
@@ -137,14 +139,16 @@ def _times(t: Tensor, scale: float) -> Tensor:
     return t if scale == 1 else t * scale
 
 
-def _pieces(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The same rows of each: all at once, unless copies of them would leave the cache.
+def _pieces(dtype: torch.dtype, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The same rows of each: all at once, unless they have to be copied to `dtype` and that would leave the cache.
 
     Nearly equal pieces, since one of a single row would be multiplied by another kernel, whose last bit may differ.
     """
     x, y, *_ = tensors                                  # [rows, d_in], [rows, d_out], and others as narrow as these
-    numbers, room = x.shape[0] * max(x.shape[1], y.shape[1]), PIECE * torch.get_num_threads()
-    count = math.ceil(numbers / room) if x.device.type == "cpu" else 1
+    if x.device.type != "cpu" or x.dtype == y.dtype == dtype:
+        return [tensors]
+    threads = torch.get_num_threads()
+    count = math.ceil(x.shape[0] * max(x.shape[1], y.shape[1]) / (PIECE if threads == 1 else threads * SHARED_PIECE))
     return list(zip(*[t.tensor_split(count) for t in tensors])) if count > 1 else [tensors]
 
 
