@@ -1,13 +1,15 @@
 """JupyterLab as a reader starts it, and a browser that opens notebooks in it, runs them and moves their controls.
 
-One server, one browser and one kernel for all tests of the module: a page costs 2 s of processor time, the imports of a
-kernel 8. A notebook begins with `%reset -f`, so that names do not pass from one to the next. Where something is missing
-the tests skip, and say what to install. LIMIT is for a busy machine: a move takes less than a second on a quiet one.
+One server and one browser for all tests of the module; a notebook and a kernel for each. (With one kernel for all,
+JupyterLab on a busy machine sometimes did not find it again, started another, and complained of the first one's end.)
+Where something is missing the tests skip, and say what to install. LIMIT is for a busy machine: a move takes less than
+a second on a quiet one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -33,11 +35,17 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--dis
 STATE, CONTROL = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("state.js", "control.js"))
 
 
+def ask(url: str, method: str = "GET") -> bytes:
+    """What a server on this machine answers."""
+    request = urllib.request.Request(url, method=method, headers={"Authorization": f"token {TOKEN}"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=LIMIT) as answer:
+        return answer.read()
+
+
 def answers(url: str) -> bool:
     """Whether a server answers there, with whatever status."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        opener.open(url, timeout=10).close()
+        ask(url)
     except urllib.error.HTTPError:
         return True
     except OSError:
@@ -184,13 +192,15 @@ class Lab(Page):
     def run(self, *cells: str) -> None:
         """Write a notebook of these cells, open it, and run it with Shift+Enter in one cell after the other."""
         kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
-        notebook = new_notebook(cells=[new_code_cell(f"%reset -f\n{cells[0]}"), *map(new_code_cell, cells[1:])],
-                                metadata={"kernelspec": kernelspec})
-        # always the same name: JupyterLab finds the kernel that runs for it again, as after a reader's reload
-        nbformat.write(notebook, self.mine / "widget.ipynb")
-        self.console_errors()
+        notebook = new_notebook(cells=list(map(new_code_cell, cells)), metadata={"kernelspec": kernelspec})
+        self.browser.get("about:blank")  # the page before does not see its kernel end
+        for session in json.loads(ask(f"{self.url}/api/sessions")):
+            ask(f"{self.url}/api/sessions/{session['id']}", "DELETE")
         self.opened += 1  # a workspace each: nothing of the page before is restored
-        self.browser.get(f"{self.url}/lab/workspaces/{self.opened}/tree/widget.ipynb?token={TOKEN}")
+        name = f"widget-{self.opened}.ipynb"
+        nbformat.write(notebook, self.mine / name)
+        self.console_errors()
+        self.browser.get(f"{self.url}/lab/workspaces/{self.opened}/tree/{name}?token={TOKEN}")
         self.wait(lambda state: len(state["numbers"]) == len(cells), "the notebook's cells")
         ready = "return document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
         self.wait(lambda state: self.browser.execute_script(ready), "a kernel that is ready")

@@ -204,7 +204,8 @@ def test_a_widget_follows_its_controls(lab, widget):
         assert move.words not in seen, f"{move} would prove nothing: {seen}"
         seen = lab.move(move.label, move.how)["alt"]
         assert move.words in seen, f"{move}: {seen}"
-    assert not lab.console_errors()
+    errors = lab.console_errors()
+    assert not errors, "\n".join(errors)
 
 
 def test_the_page_of_the_memory_widget(browser, page, serve, tmp_path):
